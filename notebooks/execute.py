@@ -38,7 +38,7 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
 
 
 def store(notebook, path: pathlib.Path) -> None:
-    """Write a notebook without metadata that depends on the machine."""
+    """Remove metadata that depends on the machine, and write the notebook."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

@@ -1,4 +1,4 @@
-"""Environment variables that must be set before Keras is imported, and the choice of slow cases."""
+"""Set the environment variables that Keras needs at import, and select the slow test cases."""
 
 import gc
 import math
@@ -74,9 +74,9 @@ def free_compiled_programs():
     freed only if the process has many mappings, so that test files share the programs of single
     operations.
 
-    TensorFlow never frees the gradient function of a custom gradient, which keeps the graph of a
-    whole training step in memory. If the gradient functions were not deleted, the graphs of all
-    tests would need about 8 GB of memory.
+    TensorFlow never frees the gradient functions of custom gradients. Each of these functions keeps
+    the graph of a whole training step in memory. This fixture deletes the functions, because the
+    graphs of all tests would need about 8 GB of memory.
     """
     yield
     if os.environ.get("KERAS_BACKEND") == "jax" and mappings() > 15_000:
@@ -107,7 +107,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark all cases that `every(n)` does not select as slow, for `make test-all` only."""
+    """Mark test cases that `every(n)` does not select as slow: only `make test-all` runs them."""
     start = {"jax": Fraction(1, 2), "tensorflow": 0}.get(os.environ.get("KERAS_BACKEND"))
     if start is None:
         return

@@ -33,8 +33,8 @@ DIST = ROOT / "build" / "dist"
 PYTHONS = ("3.11", "3.12", "3.13")
 BACKENDS = ("tensorflow", "jax", "torch")
 
-# Each entry is name: (extras of keras-dst, other requirements). TensorFlow 2.21 does not work with
-# Keras 3.10 and 3.11. test_wheel.py checks that the oldest versions equal the lower bounds in
+# SETS maps a name to extras of keras-dst and to other requirements. TensorFlow 2.21 does not work
+# with Keras 3.10 and 3.11. test_wheel.py checks that the oldest versions equal the lower bounds in
 # pyproject.toml.
 SETS = {
     "oldest": (["jax", "torch"], ["keras==3.10", "jax==0.10", "torch==2.13"]),

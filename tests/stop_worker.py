@@ -82,7 +82,8 @@ def state(model):
 
 def fit(model, *callbacks):
     with warnings.catch_warnings():
-        # 40 steps are too few to reach the target, so the final projection is also tested.
+        # In 40 steps, training does not reach the target, so `SparseTraining` must meet the target
+        # after the last step.
         warnings.filterwarnings("ignore", ".*training had reached .*")
         model.fit(
             x, y, batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=callbacks

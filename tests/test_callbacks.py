@@ -121,7 +121,7 @@ def test_a_checkpoint_of_the_last_epoch_has_the_target_sparsity(tmp_path):
 
 
 def test_the_controller_reaches_its_target():
-    """If the controller of DST missed the target by over 1 %, the final projection would warn."""
+    """If DST had missed the target by more than 1 % in the last step, `fit` would warn."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

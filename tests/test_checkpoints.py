@@ -160,7 +160,7 @@ def test_an_interrupted_save_keeps_the_previous_file(ending, tmp_path, monkeypat
     method = ALL_METHODS["magnitude"]
 
     class CutShort(keras.callbacks.Callback):
-        """Callback that interrupts the saving of the third epoch after half of the file."""
+        """Callback that raises an interrupt while the file of the third epoch is written."""
 
         def on_epoch_end(self, epoch, logs=None):
             if epoch != 2:
@@ -225,7 +225,7 @@ def test_dst_without_a_target_needs_no_callback_in_a_second_fit():
 
 
 def test_training_continues_after_an_h5_file_is_loaded(tmp_path):
-    """Keras loads the optimizer of an .h5 file without variables, so `fit` builds it again."""
+    """Keras loads no optimizer variables from an .h5 file, so `fit` builds the optimizer again."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2, "softmax")]

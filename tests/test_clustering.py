@@ -48,7 +48,7 @@ def distinct(model):
         # For these weights, k-means needs two iterations. The cluster values at both ends, -1 and
         # 1, do not move.
         ([-1, -0.75, 0.25, 0.5, 1], 3, [-1, 0.375, 1]),
-        ([-0.75, -0.5, 0.5, 0.75], 2, [-0.625, 0.625]),  # The weights do not reach -1 and 1.
+        ([-0.75, -0.5, 0.5, 0.75], 2, [-0.625, 0.625]),  # No weight is -1 or 1.
         # These weights already have only three distinct values.
         ([-1, -1, 0.5, 0.5, 1], 3, [-1, 0.5, 1]),
         ([1, 1], 4, [1]),

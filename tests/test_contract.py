@@ -22,8 +22,8 @@ from tests.pages import blocks
 # `fit` warns. test_callbacks.py tests the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 
-# Classes by name that docs/own_methods.md defines outside the package. The last code block of the
-# page trains these classes, and test_pages.py runs this block.
+# `own` maps names to the classes that the code blocks of docs/own_methods.md define. The last code
+# block of the page trains these classes, and test_pages.py runs this block.
 own: dict = {}
 for _, code in blocks("own_methods.md")[:-1]:
     exec(compile(code, "docs/own_methods.md", "exec"), own)
@@ -36,8 +36,8 @@ METHODS = {
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
     # Consensus removes units until 30 % of the FLOPs are removed, up to one unit more or less. The
-    # pruned fraction of the 2,688 weights depends on the layers of these units. It is 12.5 % for 14
-    # units with 24 weights each, and 30.4 % for 17 units with 48 weights each.
+    # pruned fraction of the 2,688 weights depends on the layers of these units. This fraction is
+    # 12.5 % for 14 units with 24 weights each, and 30.4 % for 17 units with 48 weights each.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.2145, 0.09),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
@@ -45,8 +45,8 @@ METHODS = {
     "magnitude-revival": (methods.Magnitude(0.8, revival=True), 0.8, 0.001),
     "magnitude-1x4": (methods.Magnitude(0.8, pattern="1x4"), 0.8, 0.002),
     "magnitude-2:4": (methods.Magnitude(0.5, pattern="2:4"), 0.5, 0.001),
-    # Half of the 80 channels are pruned, in multiples of 8. Each channel has 24 or 48 weights, so
-    # the sparsity of the weights is between 34 % and 57 %.
+    # Of the 80 channels in two layers, 40 are pruned, in multiples of 8. A channel has 24 or 48
+    # weights, so 34 % to 57 % of the weights are pruned.
     "magnitude-channel": (methods.Magnitude(0.5, pattern="channel"), 0.455, 0.12),
     "dcil-channel": (methods.DCIL(0.5, pattern="channel"), 0.455, 0.12),
     "st3-channel": (methods.ST3(0.5, pattern="channel"), 0.455, 0.12),
@@ -171,7 +171,7 @@ def test_saved_and_resumed_equals_uninterrupted(name, tmp_path):
 
     interrupted = build(method[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # The fit stops before the end of the schedule.
+        warnings.simplefilter("ignore")  # Training stops before the end of the schedule.
         fit(interrupted, callbacks=[StopAfter(1)])
     interrupted.save(tmp_path / "model.keras")
     resumed = keras.saving.load_model(tmp_path / "model.keras")

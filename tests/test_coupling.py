@@ -17,7 +17,7 @@ pytestmark = once
 
 
 def groups_of(model):
-    """Return the size and the layers of every group whose channels can be removed."""
+    """Return the size and the layers of every group of channels that can be removed."""
     found = channel_groups(model)
     return [(len(group), group.layers) for group in found.groups if not group.reason]
 
@@ -229,7 +229,7 @@ MODELS = {
 
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_removing_half_of_every_group_preserves_the_outputs(build):
-    """If half of every group is removed, the cost is as predicted and the outputs do not change."""
+    """Remove half of every group of coupled channels; check the outputs and the predicted costs."""
     keras.utils.set_random_seed(0)
     model = randomize(build())
     assert groups_of(model) == MODELS[build]

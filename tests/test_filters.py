@@ -51,7 +51,7 @@ NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
     [
         (None, [1, 1, 1, 1]),
         ("head", [0, 0, 0, 1]),
-        ("conv_2", [0, 1, 0, 0]),  # An expression must match the whole name.
+        ("conv_2", [0, 1, 0, 0]),  # A filter must match the whole name.
         (r"conv_\d", [1, 1, 0, 0]),
         ("conv.*", [1, 1, 1, 0]),
         (".*", [1, 1, 1, 1]),

@@ -41,7 +41,7 @@ def fit(model, *callbacks):
 
 
 def own_attributes(model):
-    """Return the patched or added attributes of a model, and Keras's flag for `compute_loss`."""
+    """Return a model's patched and added attributes, and a flag that Keras stores in the model."""
     own = vars(model)
     names = {name for name in own if name in PATCHED or "keras_dst" in name}
     return names, own["_compute_loss_has_training_arg"]

@@ -38,7 +38,7 @@ def test_a_trial_prints_a_row_for_each_method_and_dtype(monkeypatch, capsys):
     ]
     for line in lines:
         assert ("every 16 steps" in line) == ("DCIL" in line)
-        assert "not" not in line  # Every row contains a measured time and a finite loss.
+        assert "not" not in line  # Each line contains a time and a finite loss.
 
 
 def test_methods_without_remaining_time_are_skipped(capsys):

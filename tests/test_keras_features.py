@@ -72,8 +72,8 @@ def predict(model):
 def arrays(model):
     """Return a dict from paths to values, for all variables except `progress`.
 
-    `fit` writes the variable `progress` only at its end. During a fit, the number of finished steps
-    is read from the counter of the optimizer.
+    `fit` sets the variable `progress` only at the end of training. During training, the number of
+    finished steps is read from the counter of the optimizer.
     """
     variables = [*model.variables, *model.optimizer.variables]
     variables = [v for v in variables if not v.path.endswith("_progress")]
@@ -237,7 +237,7 @@ def config(name, **options):
     "mode", ["int8", pytest.param("float8", marks=once), 8, pytest.param(None, marks=once)]
 )
 def test_zeros_stay_zeros_when_a_model_is_quantized(mode):
-    """A number in the parameters is the block size of int4, and None means int4 without blocks."""
+    """If `mode` is a number, it is the block size of int4. None means int4 without blocks."""
     model = stripped()
     dense = model.layers[1:]
     zeros = [layer.kernel.numpy() == 0 for layer in dense]

@@ -1,6 +1,6 @@
 """Tests that a `SparseOptimizer` that prunes nothing behaves like its inner optimizer.
 
-This file runs Keras's own tests of its optimizers, with every optimizer wrapped.
+This file runs Keras's own tests of its optimizers with wrapped optimizers.
 """
 
 import importlib
@@ -32,7 +32,7 @@ OPTIMIZERS = {
 MODULES = [f"{name.lower()}_test" for name in OPTIMIZERS]
 MODULES = [{"schedulefreeadamw_test": "schedule_free_adamw_test"}.get(m, m) for m in MODULES]
 MODULES += ["optimizer_test", "loss_scale_optimizer_test", "multi_optimizer_test"]
-# Tests from Keras that do not apply to the wrapper, with the reason.
+# EXCLUDED maps tests of Keras that a wrapped optimizer cannot pass to the reason.
 EXCLUDED = {
     "optimizer_test-test_get_method": "expects the class of the inner optimizer",
     "optimizer_test-test_optimizer_auto_naming": "expects the name of the inner class",
@@ -255,7 +255,7 @@ def test_pruning_of_plain_tensorflow_variables(sparsity):
 
 
 def sparse_gradient():
-    """Return the gradient of two of four rows, as a sparse tensor of the backend."""
+    """Return a sparse gradient, with values only for rows 0 and 2 of a variable with four rows."""
     rows, values = keras.ops.array([0, 2]), keras.ops.full((2, 3), 0.5)
     if BACKEND == "tensorflow":
         import tensorflow as tf

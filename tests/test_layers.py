@@ -1,4 +1,4 @@
-"""Tests of the sparse layers against manual values, and of training with DST."""
+"""Tests that sparse layers compute the expected values, and that training with DST prunes them."""
 
 import keras
 import numpy as np
@@ -110,8 +110,8 @@ def test_a_cell_masks_its_weights_once_per_sequence(kind, dropout, monkeypatch):
     apply = DST.apply
     monkeypatch.setattr(DST, "apply", lambda *args: calls.append(args) or apply(*args))
     recurrent(x, training=True)
-    # The RNN has two cells with two weights each. Each weight is masked once, not at every time
-    # step.
+    # The recurrent layer has two cells with two weights each. A call masks each weight only once,
+    # not at every time step.
     assert len(calls) == 4
 
 

@@ -1,4 +1,4 @@
-"""Tests of the package layout: modules import only lower modules; public names are in the root."""
+"""Tests of the package layout: imports only from lower layers, and public names in the root."""
 
 import ast
 import pathlib

@@ -49,10 +49,10 @@ print(is_kept())
 def run(**variables):
     """Run PROGRAM with environment variables, and return the four booleans that it prints.
 
-    1. Without a call of `malloc`, the process keeps a freed block of memory.
-    2. After `keep_freed_memory()`, the process keeps a freed block of memory.
-    3. `return_freed_memory()` returns this block to the operating system.
-    4. After `return_freed_memory()`, the process keeps a freed block of memory.
+    1. True if the process keeps a freed block of memory by default.
+    2. True if the process keeps a freed block of memory after `keep_freed_memory()`.
+    3. True if `return_freed_memory()` returns this block to the operating system.
+    4. True if the process keeps a freed block of memory after `return_freed_memory()`.
     """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", PROGRAM, malloc.__file__]

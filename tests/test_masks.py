@@ -256,8 +256,8 @@ def test_golden_blocks():
     np.testing.assert_array_equal(pattern.sizes((5, 3)), [[4, 4, 4], [1, 1, 1]])
 
     # At most six weights may be kept. The blocks with the scores 6 and 2.5 have 1 + 4 weights and
-    # are kept. The block with score 2 also has four weights, so the ranking would keep nine
-    # weights.
+    # are kept. The block with score 2 also has four weights, and nine kept weights would be too
+    # many.
     (groups,) = top_k([array(scores)], 6, [pattern.sizes((5, 3))])
     np.testing.assert_array_equal(groups, [[1, 0, 0], [1, 0, 0]])
     mask = pattern.expand(ops.convert_to_tensor(groups), (5, 3))
@@ -437,7 +437,7 @@ def test_a_ranking_after_an_export_of_the_same_shape():
             return masks.top_k([scores], 5)[0]
 
     scores = torch.arange(24.0).reshape(4, 6)
-    with contextlib.suppress(Exception):  # Some versions of PyTorch cannot export a ranking.
+    with contextlib.suppress(Exception):  # Some versions of PyTorch cannot export `top_k`.
         torch.export.export(TopK(), (scores,))
     (mask,) = masks.top_k([scores], 5)
     np.testing.assert_array_equal(mask, scores >= 19)
@@ -662,7 +662,7 @@ def reference_n_of_m(scores, n, m, axis):
         ((8, 3), 2, 4, -2),
         ((8, 3), 1, 2, -2),
         ((8, 3), 3, 8, -2),
-        ((6, 3), 2, 4, -2),  # The inputs form a group of 4 and a group of 2.
+        ((6, 3), 2, 4, -2),  # The 6 inputs form a group of 4 and a group of 2.
         ((5, 3), 2, 4, -2),
         ((3, 2), 2, 4, -2),
         ((9, 3), 1, 4, 0),

@@ -31,7 +31,7 @@ METHODS = {
     "set": methods.SET(0.8),
     "rigl": methods.RigL(0.8),
 }
-# One method of each family, for the tests that compile a step for every method.
+# Tests that compile a training step for each method use only these methods.
 COMPILED = [METHODS[name] for name in ("dst-target", "dcil", "consensus", "magnitude", "rigl")]
 # Dtypes of the first half and of the second half of a model's layers.
 MIXED = [("float64", "float32"), ("float32", "float64"), ("bfloat16", "float32")]

@@ -304,7 +304,9 @@ def test_a_single_layer_can_be_reported():
 
 
 def masked_model():
-    """Return a model in which one Dense layer uses DST. The kernel, thresholds and mask are:
+    """Return a model in which one Dense layer uses DST.
+
+    The table shows the magnitudes of the kernel, the thresholds, and the mask.
 
     | w |            0.1  0.5  0.9      1[|w| > t]   0  1  1
                      0.3  0.0  0.9                   1  0  1

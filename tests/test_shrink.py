@@ -332,8 +332,8 @@ def test_shrink_transposed_convolutions_after_a_dense_layer():
     kernel[..., 3] = 0  # No layer reads channel 3, which contains four of the 16 units of "seed".
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
-    # Only the first three units of "seed" are not zero now. `Reshape` makes them channels 0, 1 and
-    # 2 at one of the four positions.
+    # Only the first three units of "seed" are not zero now. `Reshape` makes these units channels 0,
+    # 1 and 2 at one of the four positions.
     kill(model, "seed", count=13)
     check(model, seed=12, one=3, two=2, three=2)
 
@@ -684,7 +684,7 @@ def with_layer(layer, dtype="float32", **options):
 
 
 def assert_smaller(model, x, layer="hidden"):
-    """Shrink a model with a half-dead hidden layer, and check outputs, width and side effects."""
+    """Shrink a model; check the outputs, the old model, and that half of the units are removed."""
     before = models.arrays(model.variables)
     small = keras_dst.shrink(model)
     for variable, old in zip(model.variables, before):

@@ -88,7 +88,8 @@ class DST(Dense):
     """DST in NumPy: a weight is kept if its magnitude exceeds the threshold of its unit.
 
     The thresholds are trained with the long-tailed derivative of the step function and the penalty
-    alpha sum exp(-t). They are reset to 0 if at most 1 % of the weights of a layer remain.
+    alpha sum exp(-t). The thresholds are reset to 0 if at most 1 % of the weights of a layer
+    remain.
     """
 
     alpha = 0.02
@@ -278,7 +279,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_fifty_steps_equal_the_equations(name, monkeypatch):
-    monkeypatch.setattr(base, "_LONG", 1)  # Use the settings for long training runs.
+    monkeypatch.setattr(base, "_LONG", 1)  # Treat 50 steps as a long training run.
     method, expected = METHODS[name]
     model = reference.keras_net()
     optimizer = keras.optimizers.SGD(RATE, momentum=0.9)

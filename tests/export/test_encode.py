@@ -1,4 +1,4 @@
-"""Tests of `encode`: files run, decode to the same weights, and have no other changes."""
+"""Tests of `encode`: encoded files run, contain the same weights, and are otherwise unchanged."""
 
 import numpy as np
 import pytest

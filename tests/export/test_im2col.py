@@ -31,7 +31,7 @@ def lowered(content, block):
 
 
 def convolved(x, weight, stride, same, dilation):
-    """Compute in NumPy the convolution of the test graphs: one matrix product per output pixel."""
+    """Compute a convolution in NumPy, as one matrix product per output pixel."""
     filters, rows, columns, _ = weight.shape
     reach = [(size - 1) * dilation + 1 for size in (rows, columns)]
     if same:

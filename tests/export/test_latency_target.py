@@ -25,7 +25,7 @@ def network():
 
 @pytest.fixture
 def files(monkeypatch):
-    """Do not convert or time a model. Its latency is computed from its FLOPs."""
+    """Do not convert or time a model. The latency of a model is computed from its FLOPs."""
 
     def convert(model, kinds):
         return [keras_dst.report(model).dense_flops]

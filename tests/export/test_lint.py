@@ -99,7 +99,8 @@ def int8_densified(dequantize):
 CUT = nets.network(*nets.BODY, nets.pool("MAX_POOL_2D"), nets.pointwise, nets.mean)
 WHOLE = nets.network(*nets.BODY, nets.pointwise, nets.mean)
 
-# For each rule: a file with the problem, words of the expected finding, a file without the problem.
+# ERRORS maps a rule of `lint` to a file with the problem, words of the expected finding, and a file
+# without the problem.
 ERRORS = {
     "sparse-input": (maps(stored(KERNEL)), "the sparse tensor 'weight'", maps(densified(KERNEL))),
     "sparse-input, float16": (

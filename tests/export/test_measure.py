@@ -1,4 +1,4 @@
-"""Tests of the measurement of files: names and meaning of the reported figures."""
+"""Tests of the figures that are measured for a file: bytes, latency, loading time and memory."""
 
 import json
 import pathlib

@@ -1,6 +1,6 @@
 """Tests of the search for ops that XNNPACK runs in NCHW layout.
 
-test_sparse_kernels.py compares the search with the runtime.
+test_sparse_kernels.py compares the results of this search with LiteRT.
 """
 
 import numpy as np

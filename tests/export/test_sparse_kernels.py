@@ -76,8 +76,8 @@ WRITTEN = {
         integers("CONV_2D", CONV_INTEGERS), Objective("size")
     ).content,
 }
-#: RULES maps a name to a file and the expected verdict. In these files, DENSIFY ops unpack all
-#: sparse weights.
+#: RULES maps a name to a file and to the verdict that is expected for this file. In these files,
+#: DENSIFY ops unpack all sparse weights.
 RULES = {
     f"{kind}: {name}": (unpacked(network(*BODY, *before, *steps, *after)), verdict)
     for kind, cases, before, after in (

@@ -63,7 +63,7 @@ def test_kept_share_of_channels_parameters_and_flops():
         ("channels", 0.5, [2, 1]),
         ("channels", 0.9, [1, 1]),
         # The target is 24 of 48 parameters. With 2 channels of the sum and 1 channel inside the
-        # branch ([2, 1]), 20 parameters remain. [3, 1] would keep 30 parameters.
+        # branch ([2, 1]), 20 parameters remain. With [3, 1], 30 parameters would remain.
         ("parameters", 0.5, [2, 1]),
         # The target is 1110 of 2220 FLOPs. The channel counts [3, 1] keep 1290 FLOPs, and [2, 1]
         # would keep 860.

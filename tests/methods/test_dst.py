@@ -34,7 +34,7 @@ def array(x):
 
 
 def at(progress):
-    """Return the schedule state of a mask update at the given progress of training, from 0 to 1."""
+    """Return the `ScheduleState` for a progress of training between 0 and 1."""
     return ScheduleState(ops.convert_to_tensor(0, "int32"), ops.convert_to_tensor(progress), None)
 
 

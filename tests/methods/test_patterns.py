@@ -1,4 +1,4 @@
-"""Tests of every method with every pattern and allocation: a valid mask or a clear error."""
+"""Tests that each combination of method, pattern and allocation works or raises a clear error."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tests of SET and RigL: densities, dropped and grown weights, reset optimizer slots."""
+"""Tests of SET and RigL: densities, dropped and grown weights, and optimizer variables."""
 
 import functools
 from itertools import pairwise
