@@ -613,8 +613,8 @@ def distribution_like(variable):
     """Return a copy of the current distribution that shards new variables like a given variable.
 
     New variables of the same shape are sharded like the given variable. New variables of other
-    shapes are replicated on every device. The function compares shapes instead of paths. In a
-    layout map, the pattern for the path of a kernel may also match the path of the kernel's mask.
+    shapes are replicated on every device. The function compares shapes, because a path pattern for
+    a kernel in a layout map may also match the path of the kernel's mask.
     """
     present = keras.distribution.distribution()
 

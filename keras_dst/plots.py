@@ -222,8 +222,8 @@ def history(history, names: Filters = None, ax=None):
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:
-        The axes with the left y-axis. The list `ax.figure.axes` also contains the axes with the
-        right y-axis.
+        The matplotlib axes with the left y-axis. The list `ax.figure.axes` also contains the axes
+        with the right y-axis.
 
     Raises:
         ImportError: If matplotlib is not installed.

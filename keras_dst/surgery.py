@@ -436,7 +436,7 @@ def _config_holds_layers(layer) -> bool:
 
 def _record_recipes(layer) -> None:
     """Convert a layer to a `SparseContainer` if its config does not contain its inner layers.
-    Otherwise, do the same with each inner layer."""
+    Otherwise, convert the inner layers in the same way."""
     if not any(
         isinstance(x, SparseMixin) for x in _keras.flatten_layers(layer, include_self=False)
     ):
@@ -468,7 +468,8 @@ def _load_weights(model, filepath, skip_mismatch=False, **kwargs):
 
 
 def _is_dense_legacy_file(path: str, layers) -> bool:
-    """Return whether a path is a legacy `.h5` file without any state of the sparse layers."""
+    """Return whether `path` is a legacy `.h5` file that contains no variables of a pruning
+    method."""
     if not path.endswith((".h5", ".hdf5")) or path.endswith(".weights.h5"):
         return False
     states = {name for layer in layers for name in layer.state_variables()}

@@ -91,7 +91,7 @@ class SparseHyperModel(keras_tuner.HyperModel):
         return self.build_model(hp)
 
     def fit(self, hp, model, *args, callbacks=(), **kwargs):
-        """Train a model, and return the results of the trial as a dict by name.
+        """Train a model, and return a dict with the results of the trial.
 
         Raises:
             keras_tuner.errors.FailedTrialError: If the model missed its target sparsity.

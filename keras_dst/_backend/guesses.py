@@ -25,7 +25,8 @@ class _Guesses:
     """Conditions whose values a function has guessed during one call.
 
     Attributes:
-        conditions: Boolean scalars on the GPU. If all guesses were right, all scalars are true.
+        conditions: Guessed conditions, as boolean scalars on the GPU. If all guesses were right,
+            all scalars are true.
         branches: For each call of `cond`, the index of its condition in `conditions`.
         rare: Calls of `cond` that take their rare branch, because the rare branch was right in the
             previous call of the function. Each number is an index in `branches`.

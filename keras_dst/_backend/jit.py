@@ -55,7 +55,7 @@ def traced_once(fn, scores, kept, *constants):
     return _shared(fn, constants, shapes, kept.ndim, devices.on_accelerator(kept))(scores, kept)
 
 
-@functools.lru_cache(maxsize=64)  # The limit frees old traces, which need memory.
+@functools.lru_cache(maxsize=64)  # The cache limit frees old traces.
 def _shared(fn, constants, *signature):
     return jit(lambda scores, kept: fn([*scores], kept, *constants))
 
@@ -181,7 +181,8 @@ def where_in_place(mask, x1, x2, out):
         return ops.where(mask, x1, x2)
     import torch
 
-    # Create numbers on the device with `torch.full`. The host would wait for a copy of a number.
+    # Create numbers on the device with `torch.full`, because the host would wait for the copy of a
+    # number to the device.
     x1, x2 = (
         x.to(out.dtype)
         if torch.is_tensor(x)
@@ -193,14 +194,14 @@ def where_in_place(mask, x1, x2, out):
 
 
 def count_all_true(mask):
-    """Return the number of true entries of a boolean tensor, int32."""
+    """Return the number of true entries of a boolean tensor, as an int32 scalar."""
     if keras.backend.backend() != "torch" or mask.numel() % 128:
         return ops.sum(ops.cast(mask, "int32"))
     return ops.sum(count_true(ops.reshape(mask, (-1, 128))))
 
 
 def count_true(mask):
-    """Return the number of true entries in every row of a boolean matrix, int32.
+    """Return the number of true entries in every row of a boolean matrix, as an int32 vector.
 
     To sum booleans, torch first converts the booleans to int64, which needs eight bytes per entry.
     Booleans that are viewed as bytes are added without a conversion, and a sum of 128 booleans fits

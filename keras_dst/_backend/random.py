@@ -73,7 +73,7 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     Args:
         shapes: Shapes of the results.
         seed: Seed of the random numbers in the table, and of the random choice of rows.
-        step: Number of the step, an int32 scalar.
+        step: Number of the training step, as an int32 scalar.
 
     Example:
         >>> (noise,) = keras_dst._backend.random.normal([(2, 3)], 0, step)

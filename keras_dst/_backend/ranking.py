@@ -62,8 +62,8 @@ def top_k(
             blocks (see `Pattern.sizes`). Groups with higher scores are kept first, as long as the
             kept groups contain at most `kept` weights. Defaults to None, which means that every
             score stands for one weight.
-        first: For each tensor, a number of entries that are kept even if other tensors have higher
-            scores. The entries with the highest scores of the tensor are chosen. `kept` must be
+        first: For each tensor, the number of entries to keep even if other tensors have higher
+            scores. In each tensor, these are the entries with the highest scores. `kept` must be
             large enough for all these entries. Defaults to None, which means 0 for every tensor.
 
     Returns:

@@ -116,7 +116,8 @@ class Scores:
         return [part for b, matrix in zip(self.bundles, matrices) for part in b.split(matrix)]
 
     def best_entries(self, peaks: Sequence[Tensor], finite=lambda s: s):
-        """For each bundle, yield the rows and the columns of the highest scores of its tensors.
+        """For each bundle, yield the row indices and the column indices of the highest scores of
+        its tensors.
 
         If several entries of a tensor have the highest score, the first entry is chosen.
 

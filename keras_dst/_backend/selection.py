@@ -3,9 +3,9 @@
 A sample of the scores gives a lower and an upper bound for each threshold. The threshold almost
 certainly lies between the two bounds. The few scores between the bounds are copied and sorted. The
 vector of copies has a fixed length, so the host need not wait for the number of copied scores. The
-selection assumes that each threshold lies between its bounds, and the host checks later whether
-this is true (see `guesses.py`). If it is not true, for example because a million scores are equal,
-`ranking.py` searches for the threshold.
+selection assumes that each threshold lies between its bounds, and the host checks this later (see
+`guesses.py`). If a threshold lies outside of its bounds, for example because a million scores are
+equal, `ranking.py` searches for the threshold.
 """
 
 import math
@@ -38,7 +38,7 @@ def is_possible(scores, sizes=None) -> bool:
 
     Args:
         scores: Float tensors.
-        sizes: Number of weights in every group, or None, as in `ranking.top_k`.
+        sizes: Number of weights that each score stands for, or None (see `ranking.top_k`).
     """
     single = sizes is None or all(np.all(n == 1) for n in sizes)
     return single and guesses.are_allowed(scores[0])
@@ -51,7 +51,7 @@ def top_k(scores: Scores, kept, first=None):
     Args:
         scores: Scores of all tensors.
         kept: Int32 vector with the number of scores to keep for each ranking.
-        first: For each tensor, a number of entries that are kept even if other tensors have higher
+        first: For each tensor, the number of entries to keep even if other tensors have higher
             scores (see `ranking.top_k`). Defaults to None, which means 0 for every tensor.
     """
     if first is not None and max(first) > 1:

@@ -57,9 +57,9 @@ class ChannelGroup:
 class CoupledChannels:
     """All channels of a model, in groups of coupled layers.
 
-    Every channel has an integer id. `Member.axes` lists the ids along each axis of a variable. All
-    slices with the same id are kept or removed together. The channels of the first group have the
-    smallest ids, then follow the channels of the second group, and so on.
+    Every channel has an integer id. `Member.axes` lists the ids along each axis of a variable.
+    Slices of variables that have the same id are kept or removed together. The channels of the
+    first group have the smallest ids, then follow the channels of the second group, and so on.
 
     Let `dead` be a boolean array with one entry per id. To remove the channels for which `dead` is
     True, change every `member` in `members`:

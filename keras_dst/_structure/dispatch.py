@@ -1,4 +1,5 @@
-"""Choose the layer handler of each call, or find the reason why its channels cannot be removed."""
+"""Choice of the layer handler for each call, and reasons why the channels of a call cannot be
+removed."""
 
 from __future__ import annotations
 
@@ -96,7 +97,7 @@ _HANDLERS: dict[type, type[ChannelHandler]] = {
 # Class names of operations and layers that Keras does not export.
 _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
     **dict.fromkeys(MERGE_VERBS, ElementwiseMerge),
-    "CustomScaleLayer": ElementwiseMerge,  # computes x + scale * y in InceptionResNetV2
+    "CustomScaleLayer": ElementwiseMerge,  # layer of InceptionResNetV2: x + scale * y
     "Add": Addition,  # The class `Add` stands for the layer and for the operation of `x + y`.
     "Concatenate": Concatenation,
     "Stack": Stack,

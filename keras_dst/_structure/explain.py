@@ -1,4 +1,4 @@
-"""Reasons why dead channels are kept.
+"""Reasons why `shrink` keeps dead channels.
 
 Each reason names the next layer that needs the channel.
 """

@@ -26,8 +26,8 @@ class Tensor:
         shape: Shape, with None for unknown sizes.
         dtype: Name of the data type.
         masked: True if the tensor may carry a Keras mask.
-        origin: Tensor that this tensor views with a different channel axis, or None if it is not a
-            view.
+        origin: If this tensor is a view with another channel axis, the tensor that it views;
+            otherwise None.
         axis: Axis of the channels.
         constant: For each channel, its value if it is the same for all inputs of the model,
             otherwise NaN.
@@ -76,7 +76,7 @@ class Call:
         args: The positional arguments.
         kwargs: Keyword arguments, without masks that Keras passes automatically.
         outputs: The output tensors.
-        prefix: Names of the nested models that contain the call.
+        prefix: Names of the nested models that contain the call, joined by underscores.
         constant_terms: Constant inputs of an addition, which the smaller model does not compute.
     """
 

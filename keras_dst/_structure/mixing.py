@@ -140,7 +140,7 @@ class Attention(ChannelHandler):
 
     @property
     def fixed_width(self) -> bool:
-        """Whether the output channels of the layer are the channels of its query."""
+        """Whether the layer always has as many output channels as its query."""
         return not hasattr(self.op, "num_heads")
 
     def relabel(self, roots: np.ndarray) -> None:

@@ -161,7 +161,7 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
     Args:
         model: Built Sequential or Functional model, dense or sparse. It is not changed.
         latency: Whether to measure the latency of both models. The latency is the median of 50 runs
-            on one sample. The calls of the two models alternate. JAX and TensorFlow compile both
+            on one sample. The two models are called alternately. JAX and TensorFlow compile both
             models, and PyTorch runs both models in eager mode. Defaults to False.
 
     Returns:

@@ -178,8 +178,8 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _restore_generator(self):
         """Restore the state of the torch generator before the first batch after the backup.
 
-        Before the first batch of an epoch, `fit` also draws random numbers, which would change a
-        state that was restored earlier.
+        `fit` itself draws random numbers before the first batch of an epoch. These draws would
+        change a generator state that was restored before the epoch.
         """
         if self._generator is not None:
             set_torch_rng_state(self._generator)

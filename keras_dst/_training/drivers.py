@@ -326,7 +326,7 @@ class Driver:
         )
 
     def _assigned(self) -> float:
-        """Return the current sparsity, after a callback may have assigned other weights."""
+        """Return the current sparsity. A callback may have assigned other weights before."""
         return self.reached()
 
     def _prune(self, batches: int) -> None:
@@ -389,8 +389,8 @@ class Driver:
 
     @property
     def in_steps(self) -> bool:
-        """True if the schedule is given in steps. Such a schedule does not need the length of
-        training."""
+        """True if the schedule begins and ends at given steps. Such a schedule does not need the
+        length of training."""
         return self.schedule is not None and self.schedule.in_steps
 
     def is_due(self, batches: int) -> bool:
@@ -399,8 +399,8 @@ class Driver:
         step = self.start + batches
         if step <= self.last:
             return False
-        # A method that learns its masks is projected onto its target when the schedule ends or when
-        # `fit` ends.
+        # If a method learns its masks, the masks are adapted to the exact target sparsity when the
+        # schedule ends or when `fit` ends.
         ends = [end for end in (self.total, self.fit_end) if end and self.method.learned]
         return self.clock.is_due(self.last, step) or any(self.last < end <= step for end in ends)
 
@@ -426,13 +426,13 @@ class Driver:
             self._assign_projection(final)
 
     def project(self) -> None:
-        """Project a learned method onto its exact target at the end of training."""
+        """Change the masks of a method that learns masks, so that the model meets its target
+        exactly."""
         if not self.method.learned or self.schedule is None:
             return
         target, reached = self._target(), self.reached()
-        # The projection at the end of training makes the model meet the target exactly. A
-        # projection costs little accuracy if it changes the masks of at most a tenth of the kept
-        # weights.
+        # The change of the masks (the projection) costs little accuracy if it affects at most a
+        # tenth of the kept weights.
         allowed = max(self.tolerance, 0.1 * (1 - target))
         if abs(reached - target) > allowed and not self.projected:
             warnings.warn(
@@ -488,7 +488,7 @@ class Driver:
         )
 
     def is_at_target(self, reached: float | None = None) -> bool:
-        """Return whether the model has reached or exceeded its final target.
+        """Return whether the model has reached or exceeded its final target sparsity.
 
         Args:
             reached: Return value of `reached()`, if the caller has already called `reached()`.
@@ -593,8 +593,9 @@ class LayerDriver(Driver):
             self.costs = [c for c in costs if c is not None] or None
 
     # The optimizer counts the steps, and its counter is part of every checkpoint. A sparse layer
-    # stores a step together with the optimizer's counter at that step. With both numbers, the layer
-    # can continue its own count after `compile` resets the counter of the optimizer.
+    # stores a step together with the optimizer's counter at that step. With the step and the
+    # counter, the layer can continue its own count after `compile` resets the counter of the
+    # optimizer.
 
     def _iterations(self) -> int:
         optimizer = _optimizer_of(self.model, self.weights)

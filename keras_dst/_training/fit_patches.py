@@ -122,7 +122,7 @@ class ActiveFit:
     def is_patched(self) -> bool:
         """True if a callback has registered a patch for this `fit`.
 
-        The patch that skips batches does not count.
+        The result is False if the only patch is the patch that skips batches.
         """
         return bool(self._patches or self._drivers)
 

@@ -74,8 +74,8 @@ def with_named_groups(
 def _members(
     entry: str | tuple[str, int], model, method: Method, layouts: dict[int, Layout]
 ) -> Iterator[Member]:
-    """Yield the variables that an entry of `groups` selects. The ids of their channels are still
-    empty."""
+    """Yield the variables that an entry of `groups` selects. The channel ids of these variables are
+    not set yet."""
     name: str = entry if isinstance(entry, str) else entry[0]
     axis: int | None = None if isinstance(entry, str) else entry[1]
     owned = {

@@ -27,9 +27,9 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 
     * `density/<path>`: Fraction of the weight's entries that the mask keeps. `density` is the kept
       fraction of all weights together.
-    * `mask_changes/<path>`: Fraction of the mask that has changed since the previous record, or
-      since the first step of the current `fit`. `mask_changes` is the changed fraction of all masks
-      together.
+    * `mask_changes/<path>`: Fraction of mask entries that have changed since the previous record,
+      or since the first step of the current `fit`. `mask_changes` is the fraction of changed
+      entries in all masks together.
     * `threshold/<path>` (DST), `flips/<path>` of the kept weights (FlipOut), `scores/<path>`
       (OptG), and `gate/<path>` (Consensus; a gate below 0.5 is closed). Arrays are written as
       histograms of their finite values.
@@ -163,8 +163,8 @@ def _check_installed() -> None:
 
 
 class _Events:
-    """Event file that is written without delay, so that finished records survive a kill of the
-    process."""
+    """Event file that is written without delay. If the process is killed, no finished record is
+    lost."""
 
     def __init__(self, log_dir: str):
         from tensorboardX.event_file_writer import EventsWriter

@@ -35,8 +35,8 @@ class TwoPathLoss:
     Args:
         model: Model that is trained.
         divergence: Function that receives the logits of the pruned path and the logits of the full
-            path, with the classes on the last axis. The function returns the divergence between
-            both for every vector of logits. If None, the loss has no divergence term.
+            path, with the classes on the last axis. The function returns the divergence between the
+            two for every vector of logits. If None, the loss has no divergence term.
         on_trace: Function that is called each time Keras traces a training step.
         inner: Original `compute_loss` method, which `TwoPathLoss` replaces.
         takes_training: Whether `inner` takes the argument `training`.
@@ -148,8 +148,8 @@ class _Divergence(losses.Loss):
 
 
 def _output(outputs, structure, path):
-    """Return one output of a model. The compiled loss of this output states the `path` of keys that
-    select the output."""
+    """Return one output of a model. `path` lists the keys that select the output in nested
+    outputs."""
     if keras.tree.is_nested(outputs):
         outputs = keras.tree.pack_sequence_as(structure, keras.tree.flatten(outputs))
     for key in path:
@@ -171,10 +171,10 @@ def class_logits(loss, outputs: Tensor) -> Tensor:
         loss: Cross-entropy, as a Keras loss object. The argument `from_logits` of the loss states
             whether the outputs are logits or probabilities. Probabilities are clipped at 1e-7. For
             a binary cross-entropy, each output is converted to the logits of two classes.
-        outputs: Float tensor of the outputs.
+        outputs: Outputs of the model, as a float tensor.
 
     Returns:
-        A float32 tensor. If the outputs are probabilities, the logits are shifted by a constant,
+        A float32 tensor. If the outputs are probabilities, the logits may be shifted by a constant,
         which does not change a cross-entropy.
     """
     outputs = ops.cast(outputs, "float32")
