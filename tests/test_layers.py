@@ -11,8 +11,8 @@ from keras_dst.methods import DST, Magnitude
 from tests import models
 from tests.backends import every
 
-# For each layer: its arguments, its input shape, and a dict from the names of its weights to the
-# shapes of their thresholds per unit.
+# LAYERS maps a class of layers to its arguments, its input shape, and a dict. The dict maps the
+# name of a weight to the shape of its thresholds, with one threshold per unit.
 LAYERS = {
     "SparseDense": ({"units": 6}, (5,), {"kernel": (6,)}),
     "SparseEinsumDense": (

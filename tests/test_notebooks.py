@@ -52,7 +52,7 @@ def printed(notebook):
 
 
 def values(text):
-    """Return a dict that maps each name in VALUES to the list of its numbers in a text."""
+    """Return a dict that maps each name in VALUES to the numbers that a text contains."""
     return {
         name: [float(number.replace(",", "")) for number in re.findall(pattern, text)]
         for name, (pattern, _, _) in VALUES.items()

@@ -45,7 +45,7 @@ def pages_of_this_backend():
 
 @pytest.fixture(autouse=True)
 def registered_classes():
-    """Restore the classes of other test files that a page registers again under the same name."""
+    """Restore registered classes after a page has registered other classes under the same names."""
     registered = keras.saving.get_custom_objects()
     before = dict(registered)
     yield

@@ -27,7 +27,7 @@ DECAY = (
         "frequency": 3,
     },
 )
-# Each entry is name: (model, schedule, other arguments of prune_low_magnitude, optimizer, file
+# CASES maps a name to (model, schedule, other arguments of prune_low_magnitude, optimizer, file
 # format).
 CASES = {
     "every-step": ("dense", EVERY, {}, MOMENTUM, "h5"),

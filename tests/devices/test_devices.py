@@ -9,8 +9,8 @@ from tests.devices import trainings
 from tests.devices.launch import launch
 
 BACKEND = keras.backend.backend()
-# For each backend, a list of setups: name, number of processes, names of the runs on several
-# devices.
+# SETUPS contains for each setup of this backend: its name, the number of processes, and the names
+# of the runs on several devices.
 SETUPS = {
     "tensorflow": [("mirrored", 1, ["mirrored"]), ("workers", 2, ["workers"])],
     "jax": [("sharded", 1, ["data", "model"])],

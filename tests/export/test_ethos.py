@@ -21,7 +21,10 @@ x = np.random.default_rng(0).normal(size=(40, 16, 16, 8)).astype("float32")
 
 @pytest.fixture(scope="module")
 def model():
-    """Return a network with 16 distinct values per kernel and one op that the NPU cannot run."""
+    """Return a sparse network with one op that the NPU cannot run.
+
+    A kernel has at most 16 distinct values.
+    """
     keras.utils.set_random_seed(0)
     inputs = keras.Input((16, 16, 8))
     h = keras.layers.Conv2D(32, 3, padding="same", use_bias=False)(inputs)

@@ -33,7 +33,7 @@ export_tflite = functools.partial(keras_dst.export_tflite, measure=False)
 
 
 def prune(model, density, block=1):
-    """Prune each kernel in blocks along the last axis that the kernel has in the exported file."""
+    """Prune each kernel in blocks along the axis that is the last axis in the exported file."""
     for layer in model.layers:
         layer.set_weights([pruned(w, layer, density, block) for w in layer.get_weights()])
     return model

@@ -178,7 +178,7 @@ def test_lint_rule_reports_the_fault_only(rule, case):
 
 
 def wrong(content):
-    """Return whether XNNPACK rejects a file with one layer or computes wrong outputs."""
+    """Return True if XNNPACK rejects a file with one layer, or computes wrong outputs."""
     model = read(content)
     (tensor,) = [t for t in model.subgraphs[0].tensors if t.sparsity is not None]
     weight = values(model, tensor).astype(np.float32) * (0.02 if tensor.quantization else 1)

@@ -59,7 +59,8 @@ def in_pytorch(path):
         return torch.export.load(path).module()(torch.from_numpy(x)).numpy()
 
 
-# For each export format of Keras: name of the file, required packages, function that runs the file.
+# FORMATS maps an export format of Keras to a file name, the packages that are needed, and a
+# function that runs the file.
 FORMATS = {
     "onnx": ("model.onnx", ("onnx", "onnxruntime"), in_onnx_runtime),
     "openvino": ("model.xml", ("openvino",), in_openvino),

@@ -102,7 +102,7 @@ def blocks_of(shape, block):
 
 
 def margins(w, t, block):
-    """Return Q = mean|w| - t of every block."""
+    """Return Q of every block: the mean |w| of the block minus its threshold."""
     means = np.zeros([-(-n // b) for n, b in zip(w.shape, block)])
     for index, own in blocks_of(w.shape, block):
         means[index] = np.abs(w[own]).mean(dtype="float64")

@@ -153,7 +153,7 @@ def test_grown_weights_and_their_slots_start_at_zero(cls):
     model.fit(x, y, batch_size=16, epochs=3, verbose=0, callbacks=[SparseTraining(), Watch()])
     changes = [sum((a != b).sum() for a, b in zip(*pair)) for pair in pairwise(seen)]
     assert max(changes) > 10
-    # Updates stop after three quarters of the 24 steps.
+    # The masks are not updated in the last quarter of the 24 steps.
     assert not any(changes[18:])
     assert len({sum(m.sum() for m in masks) for masks in seen}) == 1
 
