@@ -1,6 +1,6 @@
 """Run benchmarks on a given backend, in new processes.
 
-The backend must be set before Keras is imported.
+Each backend needs a new process, because Keras cannot change its backend after the import.
 """
 
 import os

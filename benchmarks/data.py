@@ -15,7 +15,10 @@ def mnist() -> tuple:
 
 
 def cifar10() -> tuple:
-    """Return CIFAR-10 like `mnist`. Each color channel has mean 0 and standard deviation 1."""
+    """Return CIFAR-10 in the same form as `mnist`.
+
+    The pixels of each color channel have mean 0 and standard deviation 1.
+    """
     (x, y), (x_test, y_test) = load("cifar10")
     mean, deviation = x.mean((0, 1, 2)), x.std((0, 1, 2))
     return tuple(
@@ -52,8 +55,12 @@ def load(name: str) -> tuple:
 
 
 def apply_method(method, model, optimizer):
-    """Apply a method to a model if a method is given. Return the optimizer for `compile`."""
-    import keras_dst  # The environments of other pruning tools lack keras_dst.
+    """Apply a pruning method to a model, and return the optimizer for `compile`.
+
+    If the method is None, the model and the optimizer do not change.
+    """
+    # Import keras_dst only here, because the environments of other pruning tools lack keras_dst.
+    import keras_dst
 
     if isinstance(method, keras_dst.methods.LayerMethod):
         keras_dst.sparsify(model, method)

@@ -3,7 +3,7 @@
 python -m benchmarks.pictures
 
 For each picture, `PICTURES` lists a function that returns the data and a function that draws the
-data. The description inside the SVG file also contains the data.
+data. The data are also stored in the description inside the SVG file.
 """
 
 import collections
@@ -24,7 +24,7 @@ MARKERS = {0.9: "o", 0.98: "D"}
 
 
 def draw(name: str, path: pathlib.Path) -> None:
-    """Draw a picture that `PICTURES` lists, and add the data to the description of the SVG file."""
+    """Draw the picture of the given name, and store its data in the description of the SVG file."""
     data, onto, size = PICTURES[name]
     shown = data()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
@@ -35,7 +35,7 @@ def draw(name: str, path: pathlib.Path) -> None:
         plt.close(figure)
 
 
-# -- picture of the test errors of all methods -----------------------------------------------------
+# -- Test errors of all methods --------------------------------------------------------------------
 
 
 def errors() -> dict:
@@ -81,11 +81,11 @@ def draw_errors(figure, shown) -> None:
     axes.legend(loc="upper right")
 
 
-# -- picture of the step time by network size ------------------------------------------------------
+# -- Step time by network size ---------------------------------------------------------------------
 
 
 def step_time_ratios() -> dict:
-    """Return the relative step times of each method, for each quantity that `scaling` varies."""
+    """Return the relative step times of each method on JAX, from the runs of `scaling`."""
     axes = results.runs("scaling")["jax"]["axes"]
     return {
         axis: {
@@ -112,7 +112,7 @@ def draw_step_time_ratios(figure, shown) -> None:
     every[1].legend(ncols=2, loc="upper center", fontsize="small")
 
 
-# -- picture of the latency of exported files ------------------------------------------------------
+# -- Latency of exported files ---------------------------------------------------------------------
 
 KINDS = {"this CPU": ("sparse", "latency"), "no AVX": ("arm", "latency_no_avx")}
 

@@ -2,8 +2,8 @@
 
 Each line of `runs.jsonl` is a JSON object with the measured figures of a run. The key "run" holds
 the name of the run. Other keys hold the command, the seeds, the package versions and the machine.
-The keys "config" and "method" hold the constructor call of the method, in the syntax of the
-keras_dst version that ran.
+The keys "config" and "method" hold the constructor call of the pruning method. The call has the
+syntax of the keras_dst version that produced the run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ NOTES = pathlib.Path(__file__).parent / "notes"
 
 
 def runs(benchmark: str) -> dict[str, dict]:
-    """Return all stored runs of a benchmark as a dict, sorted by name."""
+    """Return all stored runs of a benchmark as a dict from the name of each run to the run."""
     path = RESULTS / benchmark / "runs.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return {run.pop("run"): run for run in map(json.loads, lines)}
@@ -31,7 +31,7 @@ def runs(benchmark: str) -> dict[str, dict]:
 def save(benchmark: str, name: str, run: dict) -> None:
     """Store a run with the package versions and the machine.
 
-    Replace an older run of the same name.
+    A stored run of the same name is replaced.
     """
     folder = RESULTS / benchmark
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,8 @@ def run_missing(benchmark: str, description: str, option: str, names, run, defau
         description: Docstring of the benchmark module, whose first line is shown by `--help`.
         option: Command-line option that lists names, such as `"--nets"`.
         names: Allowed names.
-        run: Function that takes a name, runs its measurement, and saves the result.
+        run: Function that takes one of the names, measures the network or case of this name, and
+            saves the result.
         default: Names to run if the option is not given. Defaults to all names.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
@@ -113,6 +114,6 @@ def _cpu() -> str:
 
 
 def mean_std(values) -> str:
-    """Return the mean of the values as text. For two or more values, add the standard deviation."""
+    """Return the mean of the values as text, with the standard deviation of two or more values."""
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"

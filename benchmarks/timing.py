@@ -23,8 +23,8 @@ def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter)
     """Return the seconds of all steps of a one-epoch `fit` except the first, with callbacks.
 
     The time before the first step and after the last step is not counted. The first step is left
-    out because the first step may allocate memory for all steps. `now` is the clock, such as
-    `time.perf_counter`.
+    out because the first step may allocate memory for all steps. `now` is the function that reads
+    the clock, such as `time.perf_counter`.
     """
     import keras
 
@@ -45,13 +45,13 @@ def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter)
 
 
 def update_masks(driver, step: int) -> None:
-    """Update the masks of a driver, and wait until the backend has finished the update."""
+    """Let a driver update its masks, and wait until the backend has finished the update."""
     from keras import ops
 
     driver.advance(step)
     for state in driver.states:
-        # Copy only one entry, because a copy of the whole mask takes longer than the update on a
-        # GPU.
+        # To wait for the update, copy one entry of the mask to the CPU. On a GPU, a copy of the
+        # whole mask would take longer than the update.
         value = ops.convert_to_tensor(next(iter(state.values())))
         ops.convert_to_numpy(ops.reshape(value, (-1,))[:1])
 

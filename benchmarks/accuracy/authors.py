@@ -41,23 +41,24 @@ class Case:
 
     name: str
     family: str  # Key of REPOSITORIES.
-    method: str  # Name in `benchmarks.accuracy.methods`.
+    method: str  # Key of `benchmarks.accuracy.methods.METHODS`.
     sparsity: float | None
     task: Task
-    schedule: Callable | None = None  # Schedule in keras_dst. None: default.
-    # Further constructor arguments of the method.
+    schedule: Callable | None = None  # Sparsity schedule. None: the default.
+    # Constructor arguments of the method in keras_dst, besides the sparsity.
     options: dict = dataclasses.field(default_factory=dict)
 
 
 def halvings(events):
-    """Yield a case with FlipOut and a case with magnitude pruning.
+    """Yield one comparison for FlipOut and one comparison for magnitude pruning.
 
-    FlipOut and magnitude pruning both prune once per epoch.
+    In both comparisons, half of the remaining weights are pruned once per epoch, `events` times.
     """
     sparsity = 1 - 0.5**events
     task = dataclasses.replace(TASKS["mnist"], epochs=events + 1)
     schedule = functools.partial(Geometric, end=events / (events + 1), rate=0.5)
-    # In short training runs, the defaults of FlipOut in keras_dst differ from the paper.
+    # In short training runs, FlipOut in keras_dst has other defaults than the paper for these two
+    # arguments.
     paper = {"noise": 1.0, "rate": 0.5}
     yield Case(f"flipout-{sparsity:.4g}", "flipout", "FlipOut", sparsity, task, options=paper)
     yield Case(f"magnitude-{sparsity:.4g}", "flipout", "Magnitude", sparsity, task, schedule)
@@ -137,9 +138,9 @@ def table():
         "",
         "The table below shows the test accuracy in % after the last epoch as mean and standard "
         "deviation over the seeds. The number in brackets is the sparsity. keras_dst and the "
-        "authors' code start from the same weights and use the same data, network, epochs, batch "
-        "size and learning rate. The authors' code runs on PyTorch, on a CPU. `make "
-        "bench-authors` writes this page from `results/authors/runs.jsonl`.",
+        "authors' code train the same network from the same initial weights, with the same data, "
+        "number of epochs, batch size and learning rate. The authors' code runs on PyTorch, on a "
+        "CPU. `make bench-authors` writes this page from `results/authors/runs.jsonl`.",
         "",
         "| method | network | epochs | target | seeds | authors' code | keras_dst | backend of "
         "keras_dst |",

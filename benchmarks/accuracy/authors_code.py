@@ -1,8 +1,8 @@
 """Train a network with the code of a method's authors, on a CPU.
 
 `benchmarks.accuracy.authors` calls this module, which imports the authors' modules from a checkout
-of their repository. Function calls that need a GPU are replaced by functions that do nothing.
-Loaders of image files are replaced by loaders of arrays.
+of their repository. Function calls that need a GPU are replaced by functions that do nothing. The
+authors' functions that load image files are replaced by functions that load arrays.
 
 For each method, a function `METHOD_net` builds the authors' network, and a function `METHOD` trains
 this network with the authors' training loop. The training function returns the masked weights and
@@ -51,7 +51,7 @@ def dst(case, net, data, seed):
     return net, [w.weight * (w.weight.abs() > w.threshold[:, None]) for w in layers]
 
 
-# -- FlipOut, and magnitude pruning with the code of FlipOut ---------------------------------------
+# -- FlipOut ---------------------------------------------------------------------------------------
 
 
 def flipout_net():
@@ -102,7 +102,7 @@ def optg_net():
 
 
 def optg(case, net, data, seed):
-    """Train with the authors' loop so that the sparsity is at the target after the last epoch.
+    """Train with the authors' loop, and reach the target sparsity after the last epoch.
 
     In a short training run, the authors' sigmoid schedule ends below the requested sparsity, so
     request a higher sparsity.
@@ -143,7 +143,7 @@ def dcil_net():
 
 
 def dcil(case, net, data, seed):
-    """Train with the authors' loop, which gets the current epoch as a number such as 2.5."""
+    """Train with the authors' loop. The loop gets the current epoch as a fraction, such as 2.5."""
     import run_dcil as authors
 
     task, source = case.task, Augmented(*data[0], seed)
@@ -160,7 +160,8 @@ def dcil(case, net, data, seed):
         warmup_loss=task.epochs * 70 / 300,
     )
     authors.iterations = 0
-    # The benchmark does not use the accuracy on training images.
+    # Replace the accuracy on training images, which fails in the authors' code and is not used
+    # here.
     authors.accuracy = lambda *_, **__: torch.zeros(2, 1)
     whole = nn.DataParallel(net)
     for epoch in range(task.epochs):
@@ -246,8 +247,8 @@ def with_initial_weights(family, seed, model):
     modules = [m for m in net.modules() if getattr(m, "weight", torch.ones(1)).ndim > 1]
     for layer in model.layers:
         if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense)):
-            # Keras and PyTorch list the projections of shortcuts at different positions, so the
-            # weights are matched by their size.
+            # Keras and PyTorch list the convolutions of residual shortcuts at different positions.
+            # Therefore match the weights by their number of entries.
             size = math.prod(layer.kernel.shape)
             module = next(module for module in modules if module.weight.numel() == size)
             modules.remove(module)

@@ -39,7 +39,7 @@ def initialized_by_numpy(net, seed):
 
 
 def train(task_name, seed, folder):
-    """Train with each method on this backend, and save the results and masks in a folder."""
+    """Train a network with each method on this backend. Save the results and masks in a folder."""
     import keras
     import numpy as np
 
@@ -70,7 +70,7 @@ def train(task_name, seed, folder):
 
 
 def compare(task_name, seed):
-    """Train on all backends. Store the results of each backend and the overlap of the masks."""
+    """Train a network on all backends. Store the results and the overlap of the masks."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -121,10 +121,10 @@ def table():
         "Every backend trains with the same network, initial weights, order of batches, method "
         f"and number of epochs. The target sparsity is {SPARSITY:.0%}. The table below shows the "
         "test accuracy in % after the last epoch, the sparsity, and the overlap of the masks of "
-        "two backends. The overlap of two masks is the number of weights that both keep, divided "
-        "by the number that at least one keeps. All figures in the table are means over the "
-        "seeds. Two random masks would have an overlap of 5 %. `make bench-agreement` writes "
-        "this page from `results/backend_agreement/runs.jsonl`.",
+        "two backends. The overlap of two masks is the number of weights that both masks keep, "
+        "divided by the number that at least one mask keeps. All figures in the table are means "
+        "over the seeds. Two random masks would have an overlap of 5 %. `make bench-agreement` "
+        "writes this page from `results/backend_agreement/runs.jsonl`.",
     ]
     found: dict = {}
     for run in results.runs(BENCHMARK).values():

@@ -1,9 +1,9 @@
 """Compare the accuracies of methods that prune channels, at equal FLOPs: results/channels.
 
 A dense network is trained once per seed. Each method starts from the dense network, prunes it to a
-fraction of its FLOPs, and trains it for the same number of epochs. Accuracy is the test accuracy of
-the shrunk model after the last epoch. Runs that are already stored are skipped. The dense networks
-are saved in build/channels.
+fraction of its FLOPs, and trains it for the same number of epochs. Accuracy is the test accuracy
+after the last epoch, when `shrink` has removed the pruned channels. Runs that are already stored
+are skipped. The dense networks are saved in build/channels.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def train(model, data, rate, epochs, seed, method=None):
 
 
 def dense(net, data, seed, epochs):
-    """Return the path of the trained dense network.
+    """Return the path of the file with the trained dense network.
 
     If the file does not exist, train the network and save it.
     """
@@ -124,7 +124,10 @@ def dense(net, data, seed, epochs):
 
 
 def prune(path, net, data, method, speedup, epochs, seed):
-    """Prune and train the dense network with a method. Return a dict of the results."""
+    """Prune the dense network with a method while training it. Return the accuracy and the cost.
+
+    The cost is the fraction of the FLOPs and of the parameters that remains after `shrink`.
+    """
     import keras
 
     import keras_dst
@@ -155,15 +158,15 @@ def table():
         "",
         "The tables below show the test accuracy in % on CIFAR-10 after the last epoch, as mean "
         "and standard deviation over the seeds. The tables also show the fraction of the FLOPs "
-        "that remains. The accuracy is measured on the model without the pruned channels. Every "
-        "method starts from the same dense network and trains for the same number of epochs with "
-        "the same batches and learning rates. No method is tuned. By default, the sparsity rises "
-        "during the first three quarters of the training. The rows with `before the training` "
-        "describe networks in which all pruning takes place at step 0. Torch-Pruning 1.6.1 ranks "
-        "groups of channels by their L2 norm. Without sparse learning, Torch-Pruning removes "
-        "channels before the training. With the sparse learning of DepGraph, Torch-Pruning "
-        "removes channels after half of the training. `make bench-channels` writes this page "
-        "from `results/channels/runs.jsonl`.",
+        "that remains. The accuracy is measured after the pruned channels are removed from the "
+        "model. Every method starts from the same dense network and trains for the same number of "
+        "epochs with the same batches and learning rates. The hyperparameters of the methods are "
+        "not tuned. By default, the sparsity rises during the first three quarters of the "
+        "training. In the rows with `before the training`, all channels are pruned before the "
+        "first training step. Torch-Pruning 1.6.1 ranks groups of coupled channels by their L2 "
+        "norm. Without sparse learning, Torch-Pruning removes channels before the training. With "
+        "the sparse learning of DepGraph, Torch-Pruning removes channels after half of the "
+        "training. `make bench-channels` writes this page from `results/channels/runs.jsonl`.",
     ]
     for key in dict.fromkeys(key for key, *_ in found):
         net, epochs, images = key
@@ -192,9 +195,10 @@ def table():
 
 
 def cell(runs) -> str:
-    """Return the mean accuracy of runs as the text of a table cell, with the fraction of the FLOPs.
+    """Return the text of a table cell: the mean accuracy and the remaining fraction of the FLOPs.
 
-    For runs of the dense network, the text is only the accuracy. Without runs, the text is empty.
+    For the dense network, the text contains only the accuracy. If `runs` is empty, the text is
+    empty.
     """
     if not runs:
         return ""
@@ -219,7 +223,7 @@ def run_all(args, prune):
 
     Args:
         args: Parsed options, see `add_options`.
-        prune: Function that prunes and trains a network, and returns the results as a dict.
+        prune: Function that prunes and trains a network, and returns the dict to store.
     """
     from benchmarks.data import cifar10
 

@@ -11,8 +11,9 @@ python -m benchmarks.accuracy.methods --table
     Write the table from the stored runs.
 
 All methods are trained by SGD with momentum 0.9, batch size 128 and a cosine learning rate. The
-hyperparameters of the methods are not tuned. Accuracy is the test accuracy of the stripped model
-after the last epoch. Runs that are already stored are skipped.
+hyperparameters of the methods are not tuned. Accuracy is the test accuracy after the last epoch,
+when `strip` has turned the model into a plain Keras model. Runs that are already stored are
+skipped.
 """
 
 import argparse
@@ -82,7 +83,7 @@ class Task:
     rate: float
     decay: float | None = None
     batch: int = BATCH
-    batches: type[Shuffled] | None = None  # Class of the batches. If None, `fit` shuffles.
+    batches: type[Shuffled] | None = None  # None: `fit` shuffles the samples.
     # Function that maps a learning rate and a number of steps to a learning rate schedule.
     rates: Callable = cosine
 
@@ -101,7 +102,7 @@ TASKS = {
     ),
 }
 
-# Functions that create a method from its sparsity and other arguments.
+# Functions that return a pruning method. The first argument is the sparsity.
 METHODS = {
     "dense": None,
     "random": functools.partial(SET, drop_fraction=0.0),
@@ -123,7 +124,7 @@ ALSO = {"Consensus": (0.5,)}  # The paper of Consensus uses a sparsity of 0.5.
 
 
 def run(task, method_name, sparsity, seed, data, **options):
-    """Train, strip and test a network.
+    """Train and test a network.
 
     Return the test accuracy, the sparsity and the training time in seconds.
     """
@@ -131,7 +132,7 @@ def run(task, method_name, sparsity, seed, data, **options):
 
 
 def train_network(task, method_name, sparsity, seed, data, **options):
-    """Train, strip and test a network. Return the network and the results of the run."""
+    """Train and test a network. Return the network and the results of the run."""
     make = METHODS[method_name]
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
@@ -158,7 +159,7 @@ def train_network(task, method_name, sparsity, seed, data, **options):
     accuracy = model.evaluate(*test, batch_size=500, verbose=0, return_dict=True)["accuracy"]
     report = keras_dst.report(model)
     removed = report.sparsity
-    # The sparsity of Consensus counts all parameters of the removed units.
+    # For Consensus, the sparsity is the fraction of the parameters that `shrink` removes.
     if method_name == "Consensus":
         removed = 1 - keras_dst.shrink(model).count_params() / model.count_params()
     print(f"{task.title} {method!r} seed {seed}: {accuracy:.4f}", flush=True)
@@ -196,8 +197,8 @@ def table():
         "deviation over the seeds. The number in brackets is the sparsity, the fraction of zero "
         "weights. For Consensus, the number in brackets is the fraction of the parameters that "
         "`shrink` removes. Every method is trained with the same network, data, optimizer and "
-        "number of epochs, and no method is tuned. `make bench-methods` writes this page from "
-        "`results/methods/runs.jsonl`.",
+        "number of epochs. The hyperparameters of the methods are not tuned. `make bench-methods` "
+        "writes this page from `results/methods/runs.jsonl`.",
     ]
     for (net, epochs, backend), runs in found.items():
         lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]

@@ -4,8 +4,8 @@ python -m benchmarks.accuracy.mnist lenet-300-100 --seed 0 --target 0.975
 
 The recipe is SGD with learning rate 0.01 and momentum 0.9, batch size 64 and 20 epochs. Pixels are
 in [0, 1], and there is neither weight decay nor augmentation. The DST paper gives no recipe for
-LSTMs. LSTMs are trained by Adam with learning rate 0.001. Accuracy is the test accuracy of the
-stripped model after the last epoch.
+LSTMs. LSTMs are trained by Adam with learning rate 0.001. Accuracy is the test accuracy after the
+last epoch, when `strip` has turned the model into a plain Keras model.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument(
-        "--target", type=float, help="target sparsity; without it, alpha decides, as in the paper"
+        "--target", type=float, help="target sparsity (default: alpha determines the sparsity)"
     )
     parser.add_argument("--alpha", type=float, default=5e-4)
     parser.add_argument("--dense", action="store_true", help="train the dense baseline")

@@ -1,4 +1,4 @@
-"""Run `benchmarks.accuracy.mnist` for all networks, targets and seeds: results/mnist.
+"""Run `benchmarks.accuracy.mnist` for all networks, sparsities and seeds: results/mnist.
 
 Runs that are already stored are skipped. `--table` writes the table from the stored runs.
 """
@@ -10,8 +10,8 @@ import statistics
 from benchmarks import results
 from benchmarks.backends import run_on
 
-# Each run has a backend, a network and a target sparsity. Without a target (None), alpha determines
-# the sparsity, as in the paper. "dense" is the dense baseline.
+# Backend, network and target sparsity of each run. If the target is None, the argument `alpha` of
+# DST determines the sparsity, as in the DST paper. "dense" means training without pruning.
 RUNS = [
     ("jax", "lenet-300-100", 0.97),
     ("tensorflow", "lenet-300-100", 0.97),

@@ -1,18 +1,18 @@
 """Train networks on CIFAR-10 for as many epochs as in the papers: results/papers.
 
 python -m benchmarks.accuracy.papers --nets resnet-32-16 --jobs 4
-    Train all runs of a table: every method, sparsity and seed. Four runs share the GPU. Runs that
-    are already stored are skipped.
+    Train a network with every method, sparsity and seed of its table. Four training runs share the
+    GPU. Runs that are already stored are skipped.
 
 python -m benchmarks.accuracy.papers --nets resnet-32-16 --methods DCIL --sparsities 0.95 \
     --seeds 0 --minutes 10 --backup FOLDER
-    Train one run for at most ten minutes. A backup is written after each epoch, so the command can
-    be stopped at any time. To continue from the backup, repeat the command, on the same or on
-    another machine. The command that trains the last epoch stores the run.
+    Train one network for at most ten minutes. A backup is written after each epoch, so the command
+    can be stopped at any time. To continue from the backup, repeat the command, on the same or on
+    another machine. After the last epoch, the command stores the results in results/papers.
 
 python -m benchmarks.accuracy.papers --nets resnet-32-16 --images 640 --epochs 20 --batch 32
-    Train and test on fewer images, for fewer epochs or with smaller batches. The results of these
-    runs are stored only in the folder of the backup.
+    Train and test on fewer images, for fewer epochs or with smaller batches. The results of such
+    trial runs are stored only in the folder of the backup.
 
 python -m benchmarks.accuracy.papers --table
     Write the tables from the stored runs.
@@ -20,7 +20,8 @@ python -m benchmarks.accuracy.papers --table
 All methods are trained by SGD with Nesterov momentum 0.9 and batch size 128. All trainable weights
 are L2-regularized. In the common recipe, the learning rate rises for five epochs, and then decays
 along a cosine. The images are randomly cropped and flipped. A separate thread prepares the images
-of the next epoch. Accuracy is the test accuracy of the stripped model after the last epoch.
+of the next epoch. Accuracy is the test accuracy after the last epoch, when `strip` has turned the
+model into a plain Keras model.
 
 In ResNet-56, the methods prune whole channels, and the sparsity is the removed fraction of the
 FLOPs. Consensus removes whole units, so it is compared only with methods that prune channels.
@@ -56,7 +57,7 @@ BATCH = 128
 WARMUP = 5  # Epochs in which the learning rate rises.
 SEEDS = (0, 1, 2)
 
-# Functions that create a method from its sparsity.
+# Functions that return a pruning method for a given sparsity.
 METHODS = {
     "DCIL": COMMON["DCIL"],
     "OptG": COMMON["OptG"],
@@ -84,8 +85,9 @@ class Recipe:
         rate: Maximum of the learning rate.
         decay: Weight decay.
         drops: Fractions of training after which the learning rate is divided by 10. Defaults to
-            `()`: the learning rate decays along a cosine.
-        nets, methods: Networks and methods that are trained by default. Defaults to None: all.
+            `()`, which means that the learning rate decays to 0 along a cosine instead.
+        nets, methods: Networks and methods that are trained by default. Defaults to None, which
+            means all networks and all methods.
     """
 
     epochs: int
@@ -108,7 +110,8 @@ PUBLISHED = {("dcil", "resnet-32-16"): ("DCIL, in its paper", {0.9: "92.74", 0.9
 class Epochs(keras.utils.PyDataset):
     """Epochs of randomly shifted and flipped images.
 
-    The images are the same on every backend, and also after a restart.
+    The random shifts and flips are the same on every backend, and after training continues from a
+    backup.
 
     Args:
         x, y: Images with 8-bit pixels, and their class labels.
@@ -167,7 +170,7 @@ class WarmRates(keras.optimizers.schedules.LearningRateSchedule):
         total: Number of steps of the training run.
         warm: Number of steps in which the learning rate rises.
         drops: Fractions of training after which the learning rate is divided by 10. Defaults to
-            `()`: the learning rate decays to 0 along a cosine.
+            `()`, which means that the learning rate decays to 0 along a cosine instead.
     """
 
     def __init__(self, rate, total, warm, drops=()):
@@ -239,9 +242,10 @@ def vgg_19(x_train, decay):
 
 @dataclass(frozen=True)
 class Net:
-    """Network of a results table, with the methods and sparsities in the table.
+    """Network of one results table. The table compares `methods` at `sparsities`.
 
-    Titles contain the numbers of channels, because papers use the same name for different networks.
+    The title contains the numbers of channels, because papers use one name for networks of
+    different widths.
     """
 
     title: str
@@ -270,12 +274,13 @@ class Run:
     Args:
         net: Key of `NETS`.
         method: Name of a method, or `"dense"`.
-        sparsity: Final sparsity. A dense run has the sparsity 0.
+        sparsity: Final sparsity. The sparsity of a dense run is 0.
         seed: Seed of the initial weights and of the data.
         recipe: Key of `RECIPES`.
-        images: Maximum number of training images, and of test images. Defaults to None: all images.
-        epochs: Number of epochs. Defaults to None: as many epochs as in the recipe.
-        batch: Number of images per batch. Defaults to None: 128 images.
+        images: Maximum number of training images, and of test images. Defaults to None, which means
+            all images.
+        epochs: Number of epochs. Defaults to None, which means the number of epochs of the recipe.
+        batch: Number of images per batch. Defaults to None, which means 128.
     """
 
     net: str
@@ -289,7 +294,7 @@ class Run:
 
     @property
     def is_short(self) -> bool:
-        """Whether `images`, `epochs` or `batch` is given. Such a trial run is not stored."""
+        """Whether this run is a trial run, because `images`, `epochs` or `batch` is given."""
         return (self.images, self.epochs, self.batch) != (None, None, None)
 
     @property
@@ -324,7 +329,7 @@ class Log(keras.callbacks.Callback):
     """Callback that logs each epoch to a file and stops the training after the deadline.
 
     Args:
-        path: File of the log.
+        path: File that receives one line per epoch.
         deadline: Value of `time.monotonic()` after which no further epoch begins. At least one
             epoch is trained.
     """
@@ -364,7 +369,10 @@ def data_of(run):
 
 
 def compiled(run, data, epoch=0):
-    """Return the compiled model of a run, the method, and the data from epoch `epoch` on."""
+    """Return the compiled model of a run, its pruning method, and its batches.
+
+    The batches begin with the epoch of index `epoch`.
+    """
     keras.utils.set_random_seed(run.seed)
     (x, y), _ = data
     net, recipe = NETS[run.net], RECIPES[run.recipe]
@@ -380,7 +388,7 @@ def compiled(run, data, epoch=0):
 
 
 def train(run, data, backup, deadline=None):
-    """Train to the last epoch. Return the stripped model and the results of the run.
+    """Train a network up to the last epoch. Return the trained model and a dict of its results.
 
     Args:
         run: Settings of the run.
@@ -436,7 +444,7 @@ def train(run, data, backup, deadline=None):
 
 
 def complete(run, backup, deadline=None):
-    """Train a run and store its results, unless the deadline passes first."""
+    """Train the network of a run and store the results, unless the deadline passes first."""
     if deadline is not None and time.monotonic() > deadline:
         print(f"not started {run.name}: the time limit has passed", flush=True)
         return
@@ -465,7 +473,7 @@ def _slug(name):
 
 
 def runs_of(nets=None, methods=None, sparsities=None, seeds=SEEDS, recipe="common", **short):
-    """Return the runs of the given settings. The runs are sorted by seed.
+    """Return one `Run` for each combination of the given settings, sorted by seed.
 
     If an argument is None, the default of the recipe or of the network is used.
     """
@@ -521,8 +529,8 @@ def table():
         "",
         "The tables below show the test accuracy in % after the last epoch as mean and standard "
         "deviation over the seeds. Every method of a table is trained with the same network, "
-        "data, optimizer and number of epochs, and no method is tuned. `make bench-papers` trains "
-        "the networks and writes this page.",
+        "data, optimizer and number of epochs. The hyperparameters of the methods are not tuned. "
+        "`make bench-papers` trains the networks and writes this page.",
     ]
     results.write_index(BENCHMARK, intro + table_lines(results.runs(BENCHMARK).values()))
 

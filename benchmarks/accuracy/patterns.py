@@ -29,9 +29,10 @@ def table():
         "",
         "The tables below show the test accuracy in % after the last epoch as mean and standard "
         "deviation over the seeds. Every method and pattern is trained with the same network, "
-        "data, optimizer and number of epochs. No method is tuned. A block contains consecutive "
-        "inputs of one output unit. A channel contains all weights of one output unit. `make "
-        "bench-patterns` writes this page from `results/patterns/runs.jsonl`.",
+        "data, optimizer and number of epochs. The hyperparameters of the methods are not tuned. "
+        "A block contains the weights of consecutive inputs of one output unit. A channel "
+        "contains all weights of one output unit. `make bench-patterns` writes this page from "
+        "`results/patterns/runs.jsonl`.",
     ]
     for net, epochs, backend in dict.fromkeys(key for key, *_ in found):
         lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]

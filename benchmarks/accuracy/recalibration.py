@@ -100,8 +100,8 @@ def table():
         "The table below shows the test accuracy in % of ResNet-8 on CIFAR-10, as mean and "
         f"standard deviation over the seeds. The network was trained for {EPOCHS} epochs on "
         f"{IMAGES:,} images and pruned by magnitude. Pruning took place either in one shot "
-        "without further training, or during another epoch of training. Pruned channels were "
-        "removed by `shrink`. `make bench-recalibration` writes this page from "
+        "without further training, or during another epoch of training. `shrink` removed the "
+        "pruned channels. `make bench-recalibration` writes this page from "
         "`results/recalibration/runs.jsonl`.",
         "",
         "| pruned | fraction | seeds | dense network | pruned network | after `recalibrate` |",

@@ -8,7 +8,7 @@ with random weights, and counts the remaining FLOPs and parameters.
     python -m benchmarks.accuracy.torch_pruning train [OPTIONS]
     python -m benchmarks.accuracy.torch_pruning count
 
-The options are those of `benchmarks.accuracy.channels`.
+The command `train` has the same options as `benchmarks.accuracy.channels`.
 """
 
 import argparse
@@ -140,7 +140,8 @@ def train(net, data, epochs, steps, seed, penalty=None) -> None:
             loss.backward()
             if penalty:
                 penalty(net)
-            with torch.no_grad():  # As in Keras, the weight decay is not part of the momentum.
+            # As in Keras, apply weight decay to the weights, and not to the gradients.
+            with torch.no_grad():
                 for w in net.parameters():
                     w.mul_(1 - now * channels.DECAY)
             optimizer.step()

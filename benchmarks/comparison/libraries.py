@@ -54,7 +54,7 @@ def read(net):
 
 
 def files():
-    """Measure size, latency and accuracy of all files. The files take turns."""
+    """Measure and store the size, latency and accuracy of all `.tflite` files."""
     from keras_dst.export.measure import bench
 
     rows = [
@@ -135,7 +135,7 @@ def table():
         "## A ResNet",
         "",
         f"Each tool prunes a ResNet-8, trains it for {EPOCHS * FEW} steps on random images, "
-        "strips it and converts it to a `.tflite` file.",
+        "removes its masks, and converts it to a `.tflite` file.",
         "",
         "| tool | method | result |",
         "|---|---|---|",
@@ -150,7 +150,8 @@ def table():
 
 
 def _row(result, method, found) -> str:
-    if "error" in found:  # The column is narrow, so the cell names only the type of the error.
+    # Show only the type of the error, because the column `accuracy` is narrow.
+    if "error" in found:
         return f"| {_code(found['error'].partition(':')[0])} | | | | |"
     times, dense = result["times"], result["methods"]["dense"]
     accuracies = [100 * value for value in found["test_accuracy"]]
@@ -173,7 +174,7 @@ def _outcome(found) -> str:
 
 
 def _code(error) -> str:
-    """Return the first sentences of an error message, in backticks for a table cell."""
+    """Return an error message without its list of arguments, in backticks for a table cell."""
     message, _, _ = error.partition("\n\nArguments received")
     return f"`{' '.join(message.split()).replace('|', '/').replace('`', chr(39))}`"
 

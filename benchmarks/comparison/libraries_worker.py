@@ -1,9 +1,10 @@
-"""Run one tool of benchmarks.comparison.libraries. This module runs in the environment of the tool.
+"""Measure one pruning tool for benchmarks.comparison.libraries, in the environment of the tool.
 
 python -m benchmarks.comparison.libraries_worker TOOL
 
-The runs of both networks are stored in results/libraries, and the `.tflite` files in build/peers/.
-Each method trains in a process of its own, so that its peak memory can be measured.
+The results for LeNet-300-100 and ResNet-8 are stored in results/libraries, and the `.tflite` files
+in build/peers/. Each method trains in a process of its own, so that its peak memory can be
+measured.
 """
 
 import multiprocessing
@@ -25,9 +26,10 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, steps_of_fit
 
 NET, RESNET = "lenet-300-100", "resnet-8"
 TARGET, EPOCHS, BATCH, RATE, SEEDS = 0.9, 5, 128, 0.05, 3
-# A round contains at least one mask update, because masks are updated every 100 steps.
+# A round has 110 steps and contains at least one mask update, because masks are updated every 100
+# steps.
 STEPS, ROUNDS = 110, 9
-FEW = 8  # Number of steps per epoch of the ResNet.
+FEW = 8  # Number of training steps per epoch of the ResNet.
 ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # Values of alpha to test.
 FILES = results.ROOT / "build" / "peers"
 
@@ -41,7 +43,7 @@ class Tool:
     methods: tuple = ()
     slow: tuple = ()  # Methods that are so slow that they run with only one seed.
     probabilities = True  # Whether the network ends with a softmax.
-    setting = None  # Result of `search`, or None without a search.
+    setting = None  # Value of `alpha`, or None for the default.
 
     def begin(self, method, model, optimizer, epochs, steps):
         """Return the pruned model, the optimizer for `compile`, and the callbacks for `fit`."""
@@ -103,7 +105,7 @@ class Tfmot(Tool):
         self.library = tfmot.sparsity.keras
 
     def begin(self, method, model, optimizer, epochs, steps):
-        """Wrap the model with tfmot. The schedule is the default of Magnitude in keras_dst."""
+        """Wrap the model with tfmot. Use the default sparsity schedule of keras_dst's Magnitude."""
         total = epochs * steps
         schedule = self.library.PolynomialDecay(
             0.0, TARGET, 0, int(0.75 * total), frequency=min(100, total // 20)
@@ -116,7 +118,7 @@ class Tfmot(Tool):
 
 
 class TfmotOnKeras3(Tfmot):
-    """Pruning tool that applies tfmot to the Keras 3 model of the other tools."""
+    """Pruning tool that tests whether tfmot can prune a Keras 3 model."""
 
     methods = ("prune_low_magnitude, Keras 3",)
 
@@ -128,7 +130,7 @@ class TfmotOnKeras3(Tfmot):
 
 
 class PQuantML(Tool):
-    """Pruning tool that runs PQuantML without quantization, with its default training phases."""
+    """Pruning tool that runs PQuantML without quantization."""
 
     methods = ("DST", "PDP", "Wanda", "Wanda, no pretraining")
     slow = ("PDP",)
@@ -152,12 +154,14 @@ class PQuantML(Tool):
             pruning.alpha = self.setting or pruning.alpha
         else:
             pruning.sparsity = TARGET
-        # PDP reaches its target after 2/3 of the epochs, and then fine-tunes the network.
+        # PDP reaches its target sparsity after 2/3 of the training phase. A fine-tuning phase
+        # follows, which takes 1/5 of all epochs.
         if method == "PDP":
             training.fine_tuning_epochs = epochs // 5
             training.epochs = epochs - training.fine_tuning_epochs
             pruning.epsilon = 1.5 / training.epochs
-        # Wanda pretrains for 1/5 of the epochs, and prunes after 3/5 of the epochs.
+        # Wanda pretrains the network for 1/5 of all epochs, and prunes the network once, after 3/5
+        # of all epochs.
         if method == "Wanda":
             training.pretraining_epochs = epochs // 5
             training.epochs = epochs - training.pretraining_epochs
@@ -170,8 +174,7 @@ class PQuantML(Tool):
         return model, optimizer, [self.callback(config, log_ebops=False, log_keep_ratio=False)]
 
     def search(self):
-        """Return the alpha that brings the sparsity closest to the target, and all tested
-        values."""
+        """Return the alpha whose sparsity is closest to the target, and all tested values."""
         tried = []
         for self.setting in ALPHAS:
             model, *_ = train(self, "DST", seed=0)
@@ -180,7 +183,7 @@ class PQuantML(Tool):
 
 
 class PQuantMLLayers(PQuantML):
-    """Pruning tool that runs PQuantML on a ResNet of PQuantML layers, as PQuantML recommends."""
+    """Pruning tool that builds the ResNet from PQuantML's own layers, as PQuantML recommends."""
 
     methods = ("DST, net written in its layers",)
 
@@ -287,14 +290,14 @@ def accuracy(kind, method, setting):
 
 
 def times(kind, methods):
-    """Return step times relative to the dense network, and compile times. All are CPU times."""
+    """Return step times relative to the dense network, and compile times, in CPU seconds."""
     tool, turns = kind(), {}
     from benchmarks import networks
     from benchmarks.data import mnist
 
     steps = STEPS + 1  # The first step is not timed.
     x, y = (part[: steps * BATCH] for part in mnist()[0])
-    # The first training in a process takes longer, because of one-time costs. An extra network,
+    # The first training run in a process takes longer, because of one-time costs. An extra network,
     # "start", is therefore trained before the measured networks.
     for name in ("start", "dense", *methods):
         method = "dense" if name == "start" else name
@@ -313,7 +316,10 @@ def times(kind, methods):
 
 
 def jobs(kind):
-    """Return, per method, the sparsity of the converted ResNet, or the stage that failed."""
+    """Prune, train and convert a ResNet with each method. Return the results by method.
+
+    The result of a method is the sparsity of the ResNet, or the stage that failed and its error.
+    """
     tool, found = kind(), {}
     from benchmarks import networks
 

@@ -1,10 +1,10 @@
 """Count the FLOPs and parameters of many networks after half of their channels are removed.
 
 Each network is trained for only two steps on random data, so the results say nothing about
-accuracy. Channels are ranked in two ways: coupled layers are ranked together, or each layer is
-ranked alone. Networks that are already stored are skipped. To measure a network again, delete its
-line in results/half_channels/runs.jsonl. The command `python -m benchmarks.coverage.models --table`
-writes the table in docs/models.md.
+accuracy. Channels are ranked in two ways: the channels of coupled layers are ranked together, or
+the channels of each layer are ranked alone. Networks whose results are already stored are skipped.
+To measure a network again, delete its line in results/half_channels/runs.jsonl. The command
+`python -m benchmarks.coverage.models --table` writes the table in docs/models.md.
 """
 
 import argparse
@@ -106,7 +106,8 @@ def measure(build, mode: str) -> dict:
     y = tree.map_structure(lambda t: np.zeros(tuple(t.shape), "float32"), outputs)
     callbacks = [keras_dst.callbacks.SparseTraining()] if mode == "together" else []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # keras_dst warns if each layer is ranked alone.
+        # Ignore the warning that the channels of each layer are ranked alone.
+        warnings.simplefilter("ignore")
         model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=callbacks)
     keras_dst.strip(model)
     before = keras_dst.report(model)

@@ -132,7 +132,7 @@ def methods():
 
 
 def run(build, method) -> dict[str, str]:
-    """Return "ok" or an error message for each stage."""
+    """Train, evaluate, save, load and strip a model. Return "ok" or an error message per stage."""
     found = {}
     try:
         for step in _steps(build, method):
@@ -163,7 +163,7 @@ def _steps(build, method):
     y = np.arange(BATCH * BATCHES) % CLASSES
     y = [y] * len(model.outputs) if len(model.outputs) > 1 else y
     optimizer = apply_method(method, model, keras.optimizers.SGD(1e-3, momentum=0.9))
-    xla = keras.backend.backend() == "jax"  # Elsewhere, compiling takes minutes.
+    xla = keras.backend.backend() == "jax"  # On other backends, XLA compiles for minutes.
     model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=xla)
     driver = keras_dst.callbacks.SparseTraining()
     history = model.fit(x, y, batch_size=BATCH, epochs=2, verbose=0, callbacks=[driver]).history

@@ -3,9 +3,10 @@
 All networks have random weights, and their channels are pruned by magnitude without training. Time
 and peak memory are measured during the call of `shrink`. Latency is measured in the LiteRT
 interpreter on one thread, for the `.tflite` files of the dense and of the smaller network. The two
-files are measured alternately, and the latency is the median. If half of the channels are removed,
-the latency of each single op of both files is also measured. The latency of each network is also
-compared with a network that was built at half width. Networks that are already stored are skipped.
+files are measured alternately, and the latency is the median. After half of the channels are
+removed, each op of the two files is also measured alone. The latency of each network is also
+compared with a network that was built at half width. Networks whose results are already stored are
+skipped.
 
 python -m benchmarks.coverage.smaller [--networks NETWORK ...] [--shrink-only]
 """
@@ -27,8 +28,8 @@ LANES = 16  # Number of float32 values in a vector of the CPU with AVX-512.
 CHANNELS = (0.25, 0.5, 0.75)
 RUNS, ROUNDS = 100, 5
 
-# Networks with sizes that are common in practice. The other networks of
-# `benchmarks.coverage.half_channels` are smaller.
+# Networks with common image sizes, such as 224 x 224 pixels. In
+# `benchmarks.coverage.half_channels`, the images have at most 75 x 75 pixels.
 NETWORKS = {
     "ResNet50": applications("ResNet50", 224),
     "MobileNetV2": applications("MobileNetV2", 224),
@@ -86,10 +87,10 @@ def measured_shrink(model):
 
 
 def half_width(dense):
-    """Return a new network with the layers of the dense network and half of its channels.
+    """Return a new network like the dense network, but with half of the filters, units and heads.
 
-    The network has half of the filters, units and heads. If a layer has at least 16 channels, their
-    number is rounded to a multiple of 8, as in `shrink`. The output layer does not change.
+    If a layer has at least 16 channels, half of their number is rounded to a multiple of 8, as in
+    `shrink`. The output layer keeps all its units.
     """
 
     def half(count):
@@ -97,14 +98,14 @@ def half_width(dense):
 
     config = dense.get_config()
     for layer in config["layers"]:
-        layer.pop("build_config", None)  # The stored shapes do not fit the smaller layers.
+        layer.pop("build_config", None)  # Remove the stored shapes of the weights.
         options = layer["config"]
         if options["name"] == dense.layers[-1].name:
             continue
         for key in ("filters", "units", "num_heads"):
             if key in options:
                 options[key] = half(options[key])
-        if "target_shape" in options:  # A Reshape layer, whose last axis is the channels.
+        if "target_shape" in options:  # The last axis of a Reshape contains channels.
             *others, channels = options["target_shape"]
             options["target_shape"] = (*others, half(channels))
     model = type(dense).from_config(config)
@@ -160,10 +161,10 @@ def _count_ops(content: bytes) -> dict[str, int]:
 
 
 def measured_latency(dense, small) -> dict:
-    """Export the dense and the smaller model.
+    """Export the dense and the smaller model to `.tflite` files, and measure both files.
 
-    Return the measured latencies of both files, and the ratios of the measured and estimated
-    latencies.
+    Return the measured latency of each file, the measured latency ratio and the estimated latency
+    ratio.
     """
     from keras_dst.export.convert import conversions
     from keras_dst.export.latency_model import CPUS, LatencyModel
@@ -210,7 +211,7 @@ def measured_ops(dense, small) -> dict[str, list[float]]:
 def single_ops(content: bytes):
     """Extract each op that reads a computed tensor into a separate `.tflite` file.
 
-    Yield the name of the op, its number of output channels, and the content of the file.
+    For each op, yield its name, its number of output channels, and the content of its file.
     """
     from keras_dst.export import flatbuffer
 
@@ -251,9 +252,10 @@ def table():
         "",
         "## Latency of the `.tflite` file",
         "",
-        f"The latency is the median of {RUNS} interleaved runs at batch 1 on one thread. All "
-        "figures are relative to the dense network. The column `estimated latency` shows the "
-        "latency that `export_tflite` would estimate for a CPU that is not available.",
+        f"Latency is the median time of {RUNS} inferences with batch size 1 on one thread. The "
+        "dense file and the smaller file are measured alternately. FLOPs and latency are relative "
+        "to the dense network. The column `estimated latency` shows the estimate of "
+        "`export_tflite`, which replaces the measurement if the target CPU is not available.",
         "",
         "| network | channels removed | FLOPs | latency | estimated latency | dense, ms |",
         "|---|---|---|---|---|---|",
@@ -268,19 +270,18 @@ def table():
         "",
         "## Networks that were built at half width",
         "",
-        "Each network is compared with a network that was never pruned. This network has the same "
-        "layers with half of the filters, units and heads. The files are measured alternately in "
-        f"{ROUNDS} rounds of {RUNS} runs. Other processes slow down some rounds, so the table "
-        "shows only the round with the smallest total latency of all files. The column `spread` "
-        "gives the interquartile range of the latency of the network that was built at half "
-        "width, relative to the latency of this network. The "
-        "last column lists the ops by which the two files differ.",
+        "Each network after `shrink` is compared with a network that was built at half width and "
+        "never pruned. This network has the same layers with half of the filters, units and heads. "
+        f"The files are measured alternately in {ROUNDS} rounds of {RUNS} inferences. Other "
+        "processes slow down some rounds, so the table shows only the round with the smallest "
+        "total latency of all files. The column `spread` gives the interquartile range of the "
+        "latency of the network that was built at half width, relative to its median latency. The "
+        "last column lists the additional ops of the file after `shrink`.",
         "",
-        "If the latency ratio is 1 and both files have the same ops, the network after `shrink` is "
-        "as fast as the network that was built at half width. The latency is then limited by the "
-        "runtime, which runs narrow layers less efficiently than wide "
-        "layers. In the ViT, the ops `PAD` and `STRIDED_SLICE` keep the width of the layer "
-        "normalizations.",
+        "If the ratio of the latencies is 1, the network after `shrink` is as fast as the network "
+        "that was built at half width. Its latency can still be higher than its FLOPs suggest, "
+        "because the runtime runs narrow layers less efficiently than wide layers. In the ViT, the "
+        "ops `PAD` and `STRIDED_SLICE` keep the width of the layer normalizations.",
         "",
         "| network | FLOPs after `shrink` | FLOPs, built | latency after `shrink` / built | "
         "spread | additional ops after `shrink` |",
@@ -299,20 +300,20 @@ def table():
         "",
         "## Time of each kind of op, half of the channels",
         "",
-        "Each op of the dense file and of the smaller file runs alone, at batch 1 on one thread. "
-        "The column `share` gives the fraction of the time of the smaller file that one kind of op "
-        "takes. All kinds of ops "
-        "that need less than 2% of the time in both files share one row.",
+        "Each op of the dense file and of the smaller file runs alone, with batch size 1 on one "
+        "thread. The column `share` gives the share of each kind of op in the total time of the "
+        "smaller file. The row `other ops` contains all kinds of ops that take less than 2% of the "
+        "time of both files.",
         "",
         "A convolution or a dense layer with half of its inputs and half of its outputs needs "
-        "about a quarter of the time. Other ops save less time:",
+        "about a quarter of the time. The following ops become less than four times as fast:",
         "",
         f"* A vector register of the measured CPU holds {LANES} float32 values. If a convolution "
         "has 8 filters, half of each vector register is empty. A convolution therefore does not "
-        "become faster if 8 of its 16 filters are removed. Only the removed input channels save "
-        "time.",
+        "become faster if 8 of its 16 filters are removed. The convolution becomes faster only "
+        "through its smaller number of input channels.",
         "* The time of depthwise convolutions, sums and activations is proportional to the "
-        "number of channels. If half of the channels are removed, about half of the time remains.",
+        "number of channels. With half of the channels, these ops need about half of the time.",
         "* A layer normalization keeps its width, because its mean and variance include the "
         "removed channels. The ops `PAD` and `STRIDED_SLICE` before and after the layer "
         "normalization also need time.",
@@ -327,10 +328,11 @@ def table():
         "",
         "## Cost of `shrink`",
         "",
-        "Half of the channels are removed. The column `seconds` includes the time in which "
-        "`shrink` compares both models. The peak memory is the memory by which the process grows "
-        "during `shrink`, relative to the weights of the dense network. On TensorFlow and JAX, the "
-        "peak memory includes the memory of the compiler.",
+        "The table below shows the cost of a call of `shrink` that removes half of the channels. "
+        "The column `seconds` includes the time in which `shrink` compares the outputs of the "
+        "dense and of the smaller network. The peak memory is the memory by which the process "
+        "grows during `shrink`, relative to the weights of the dense network. On TensorFlow and "
+        "JAX, the peak memory includes the memory of the compiler.",
         "",
         "| network | backend | seconds | weights, MB | peak memory / weights |",
         "|---|---|---|---|---|",

@@ -77,10 +77,11 @@ METHODS = {
 
 
 VALUES = 16
+# Each variant with clustered weights, and the trained variant whose weights are clustered.
 TUNED = {
     f"{VALUES} values": "dense",
     f"90, {VALUES} values": "90",
-}  # Dict from each clustered variant to the trained variant from which fine-tuning starts.
+}
 SAMPLES = 200
 NPUS = ("ethos-u55-128", "ethos-u65-256", "ethos-u85-256")
 COMPARED = 100  # Number of test samples for the comparison with LiteRT.
@@ -88,7 +89,7 @@ BARS = {"tflm": 0.25, "weights": 0.20, "cycles": 0.45, "lost": 0.5}
 
 
 def train_or_load(name, variant):
-    """Train and strip a network, or load the trained network if its file exists."""
+    """Train a network and save it, or load the trained network if its file exists."""
     net = NETS[name]
     TRAINED.mkdir(parents=True, exist_ok=True)
     path = TRAINED / f"{name}_{variant}.keras"
@@ -134,7 +135,7 @@ def largest_difference(content, x):
 
 
 def in_tflm(net, model):
-    """Return file sizes and arena sizes of the file for TFLM and of the dense int8 file."""
+    """Return the sizes and arena sizes of the file for TFLM and of the dense int8 file."""
     (x, _), (x_test, _) = net.data()
     with tempfile.TemporaryDirectory() as folder:
         report = keras_dst.export_tflite(
@@ -192,17 +193,17 @@ def run(name, variant):
 
 
 def file_ratios(run, dense):
-    """Return the sizes and arenas of a run as ratios.
+    """Return file sizes and arena sizes as ratios to dense files.
 
-    The sizes and arenas for TFLM are relative to the dense int8 file of the same run. This
-    int8 file is as large as the file of the dense network. The size `gzip` is relative to the file
-    of the dense network.
+    The ratio `gzip` compares the file of the run with the file of the dense network. The other
+    ratios compare the file for TFLM with the dense int8 file of the same run. This int8 file has
+    the same size in every run of a network.
     """
     micro = run["tflm"]
     return {
         "gzip": run["gzip_bytes"] / dense["gzip_bytes"],
         "TFLM file": micro["bytes"] / micro["dense_bytes"],
-        # TFLM does not read all bytes of the dense file. Without the unread bytes, the ratio shows
+        # Do not count the bytes of the dense file that TFLM does not read. The ratio then shows
         # only the effect of zeros.
         "zeros only": micro["bytes"] / (micro["dense_bytes"] - micro["unread_bytes"]),
         "TFLM arena": micro["arena"] / micro["dense_arena"],
@@ -233,11 +234,11 @@ def table():
         "converter writes. The arena is the memory, in bytes, that TensorFlow Lite Micro (TFLM) "
         "allocates to run a file. All other columns are ratios to the file of the dense network "
         "after the same number of epochs. The column `gzip` gives the size of the file after "
-        "compression. The columns `TFLM file` and `TFLM arena` give the bytes and the arena of "
-        "the file for TFLM. A file for TFLM omits the zeros of pruned kernels, and parts that "
-        "TFLM does not need, such as metadata and repeated zero points. For the column `zeros "
-        "only`, the parts that TFLM does not need are also removed from the dense file. The ratio "
-        "in this column therefore shows only the effect of zeros.",
+        "compression. The columns `TFLM file` and `TFLM arena` give the size and the arena of the "
+        "file that keras_dst exports for TFLM. A file for TFLM omits the zeros of pruned kernels, "
+        "and parts that TFLM does not need, such as metadata and repeated zero points. For the "
+        "column `zeros only`, the parts that TFLM does not need are also removed from the dense "
+        "file. The column `zeros only` therefore shows only the effect of zeros.",
         "",
         "The second table shows the bytes of the encoded weights and the cycles of three Ethos-U "
         "NPUs, relative to the dense network. The NPU cycles are the cycles in which the NPU "
@@ -334,13 +335,13 @@ def bars(stored):
     return [
         *lines,
         "",
-        f"The int8 outputs of TensorFlow Lite Micro and of LiteRT differ by at most {largest} on "
-        f"{COMPARED} test samples of each run.",
+        f"On {COMPARED} test samples of each run, the int8 outputs of TensorFlow Lite Micro and of "
+        f"LiteRT differ by at most {largest} quantization steps.",
     ]
 
 
 def fixed_costs(stored):
-    """Return the bytes and cycles of each network that zeros in its kernels cannot reduce."""
+    """Return the costs in bytes and cycles that zeros cannot reduce, with one value per network."""
     sparse, dense = ([stored[f"{name}_{variant}"] for name in NETS] for variant in ("90", "dense"))
     files, npus = [run["tflm"] for run in sparse], [run["vela"][NPUS[0]]["file"] for run in dense]
     return {

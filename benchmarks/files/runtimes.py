@@ -5,8 +5,8 @@ python -m benchmarks.files.runtimes [--nets NET ...]
 Two networks are trained on MNIST in three variants: dense, with 90 % zeros, and with half of the
 channels. Keras exports each variant for ONNX Runtime, OpenVINO and PyTorch. hls4ml converts one
 network to C++ code for an FPGA. In each runtime, the variants are measured alternately on one
-thread, with one image per inference. Networks that are already stored are skipped. The export for
-PyTorch requires KERAS_BACKEND=torch.
+thread, with one image per inference. Networks whose results are already stored are skipped. The
+export for PyTorch requires KERAS_BACKEND=torch.
 """
 
 import functools
@@ -75,7 +75,7 @@ def pytorch(path):
 
 @dataclass
 class Runtime:
-    """Runtime with the export format of Keras, the exported files, and a function to load them."""
+    """Runtime: its export format in Keras, its file names, and a function that loads the files."""
 
     format: str
     files: tuple[str, ...]
@@ -90,7 +90,7 @@ RUNTIMES = {
 
 
 def train_variant(build, method):
-    """Train and strip a network, remove its pruned channels, and return the network."""
+    """Train a network with a pruning method, remove pruned channels, and return the network."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(SEED)
     model = build()
@@ -147,7 +147,7 @@ def in_hls4ml(model, folder, x):
     """Convert a model with hls4ml, run the C++ code, and count the nonzero weights."""
     import hls4ml
 
-    # The softmax of hls4ml is only a coarse approximation.
+    # Remove the softmax, because the softmax of hls4ml is only a coarse approximation.
     model.layers[-1].activation = keras.activations.linear
     y = keras.ops.convert_to_numpy(model(x))
     options = {"backend": "Vitis", "granularity": "name", "default_precision": PRECISION}
@@ -212,9 +212,9 @@ def table():
         "The table below shows the size of the exported files, and their size after compression "
         "with gzip. The table also shows the median latency of an inference with one image on "
         "one thread, and the largest difference from the outputs of Keras. Figures with × are "
-        "ratios to the dense network. The files are measured alternately, and the latency ratio "
-        f"is the median over all rounds. The networks were trained for {EPOCHS} epoch on "
-        f"{IMAGES:,} images of MNIST. `make bench-runtimes` writes this page from "
+        "ratios to the file of the dense network. The files are measured alternately, and the "
+        f"latency ratio is the median over all rounds. The networks were trained for {EPOCHS} "
+        f"epoch on {IMAGES:,} images of MNIST. `make bench-runtimes` writes this page from "
         "`results/runtimes/runs.jsonl`.",
         "",
         "| net | runtime | weights | bytes | gzip bytes | latency | difference |",
@@ -249,9 +249,9 @@ def table():
 
 
 def _cells(found, dense):
-    """Return the table cells of a file.
+    """Return the table cells of a file: size, compressed size, latency and error.
 
-    For sparse networks, the cells contain ratios to the dense network.
+    If `dense` is given, sizes and latency are shown as ratios to the file of the dense network.
     """
     if dense is None:
         sizes = [f"{found[key]:,}" for key in ("bytes", "gzip_bytes")]

@@ -3,11 +3,11 @@
 python -m benchmarks.files.tflite_cases [--cases CASE ...]
 
 Each network is trained with and without pruning. The exported files run in the LiteRT interpreter.
-Accuracy is measured on test images. Size and latency are relative to the dense float32 file.
-The latencies of the files are measured alternately at batch size 1 on one thread. The latencies are
+Accuracy is measured on test images. Size and latency are relative to the dense float32 file. The
+latencies of the files are measured alternately at batch size 1 on one thread. The latencies are
 measured a second time with AVX disabled, because XNNPACK then uses the same kernels as on ARM. The
 accuracies are low, because the networks are trained on only 5,000 images for a few epochs. Cases
-that are already stored are skipped.
+whose results are already stored are skipped.
 """
 
 import json
@@ -78,7 +78,7 @@ CASES = {
     ),
     "vgg-95-1x4-arm": Case(
         "vgg",
-        # With the default allocation, one of the first layers would stay dense.
+        # With the default allocation, `"global"`, one of the first layers would stay dense.
         Magnitude(0.95, pattern="1x4", allocation="uniform"),
         ARM,
         bars={"latency_no_avx": 0.25},
@@ -120,7 +120,10 @@ print(json.dumps([statistics.median(found) for found in times]))
 
 
 def train_or_load(net_name, method):
-    """Train a network, or load its file. Without a method, the network is dense."""
+    """Train a network and save it, or load the trained network if its file exists.
+
+    If the method is None, the network is dense.
+    """
     net = NETS[net_name]
     TRAINED.mkdir(parents=True, exist_ok=True)
     path = TRAINED / f"{net_name}_{method!r}.keras".replace("/", "")
@@ -202,10 +205,11 @@ def table():
         "",
         "The table below shows the bytes and the latency of each file, relative to the dense "
         "float32 file of the same network after the same number of epochs. Latency is the time "
-        "of one inference on one thread, measured with AVX and with AVX disabled, as on ARM. The "
-        f"column `accuracy` gives the accuracy in % on {TESTED:,} test images of the dense "
-        "network, the sparse network and the sparse file. Bold figures meet their goal, and "
-        "crossed-out figures miss their goal. `make bench-tflite` writes this page from "
+        "of one inference on one thread. Latency is also measured with AVX disabled, because "
+        "XNNPACK then uses the same kernels as on ARM. The column `accuracy` gives three "
+        f"accuracies in % on {TESTED:,} test images: of the dense network, of the sparse network, "
+        "and of the sparse file. Bold figures meet their goal, and crossed-out figures miss their "
+        "goal. `make bench-tflite` writes this page from "
         "`results/tflite_cases/runs.jsonl`.",
         "",
         "| case | accuracy | bytes | gzip | latency | latency, AVX disabled |",

@@ -12,8 +12,8 @@ Each network is exported with `optimize="latency"`. The sparse file, the dense f
 dense int8 file are measured alternately, at batch size 1 on one thread. The measured figures are
 accuracy on test images, size, latency, load time and peak memory. The file that TensorFlow's
 converter writes with `EXPERIMENTAL_SPARSITY` is also measured. The latency of a file for ARM is
-measured with AVX disabled, because XNNPACK then uses the same kernels as on ARM. Table rows that
-are already stored are skipped.
+measured with AVX disabled, because XNNPACK then uses the same kernels as on ARM. Patterns and
+sparsities whose results are already stored are skipped.
 """
 
 import argparse
@@ -44,12 +44,12 @@ FREQUENCY = 10  # Masks are updated every 10 steps, because the training runs ar
 
 
 def epochs_of(net) -> int:
-    """Return the number of epochs for which a trained dense network is trained again."""
+    """Return the number of epochs for which a trained dense network is trained further."""
     return max(2, net.epochs // 2)
 
 
 def tuned(net_name, method=None):
-    """Continue the training of a dense network, and return the network.
+    """Train an already trained dense network further with a pruning method, and return it.
 
     If the method is None, the network stays dense.
     """
@@ -73,7 +73,7 @@ def tuned(net_name, method=None):
 
 
 def cell(net_name, method, dense) -> dict:
-    """Measure the files of a sparse network alternately with the dense files at the given paths."""
+    """Measure the files of a sparse network and the files at the paths `dense` alternately."""
     x, y = NETS[net_name].data()[1]
     test = x[:TESTED], y[:TESTED]
     model = tuned(net_name, method)
@@ -163,7 +163,8 @@ def table():
         "file. Latency is the time of one inference on one thread. The columns with `no AVX` "
         "give the bytes and the latency of a file that was exported for ARM. The latency of a "
         "file for ARM is measured with AVX disabled, because XNNPACK then uses the same kernels "
-        "as on ARM. With the pattern `channel`, channels are removed. The second table of each "
+        "as on ARM. With the pattern `channel`, the pruned channels are removed from the network. "
+        "The second table of each "
         "network describes the files that TensorFlow's converter writes with "
         "`EXPERIMENTAL_SPARSITY`. `make bench-tflite` writes this page from "
         "`results/tflite_grid/runs.jsonl`.",
@@ -176,7 +177,7 @@ def table():
     results.write_index(BENCHMARK, lines)
 
 
-#: Columns of the two tables: heading, file, name of the measured figure, number of digits.
+#: For each column of the two tables: heading, kind of file, key of the figure, number of digits.
 EXPORTED = (
     ("bytes", "sparse", "bytes", 3),
     ("latency", "sparse", "latency", 2),
@@ -233,7 +234,7 @@ def _absolute(file, key) -> str:
 
 
 def _relative(files, columns) -> list[str]:
-    """Return the cells of a table row as ratios to the dense file."""
+    """Return one table cell per column: the ratio of a file to the dense float32 file."""
     return [_ratio(files.get(of), files["float32"], key, digits) for _, of, key, digits in columns]
 
 

@@ -6,19 +6,20 @@
 
 The data are random. Each round trains the dense network and the sparse network for 17 steps, and
 the first step of each network is not timed. The step time includes the copy of the batch to the
-GPU. The step ratio is the median over all rounds. For DCIL, each round contains a mask update. For
-all other methods, mask updates are timed separately. The step ratio includes the time of a mask
-update, divided by the number of steps from one update to the next. In this benchmark, OptG updates
-its masks every 200 steps, instead of once per epoch.
+GPU. The step ratio is the time of a sparse step divided by the time of a dense step, as the median
+over all rounds. For DCIL, each round contains a mask update. For all other methods, mask updates
+are timed separately. The step ratio includes the time of a mask update, divided by the number of
+steps from one update to the next. In this benchmark, OptG updates its masks every 200 steps,
+instead of once per epoch.
 
 The time of a mask update is also given as a number of passes over the weights. One pass copies all
 prunable weights in float32, so that each byte is read and written once. The peak memory is measured
 during training steps and a mask update. PyTorch reports the peak memory. With JAX, a thread reads
 the current memory every millisecond, because JAX cannot reset its peak memory.
 
-The remaining time is divided equally among the remaining methods. A method is skipped if the
-remaining time is shorter than the first fit of the dense network. Each table row is stored as soon
-as it is measured.
+The time that is left is divided equally among the methods that are not measured yet. A method is
+skipped if less time is left than the first `fit` of the dense network took. The results of each
+method are stored as soon as the method is measured.
 """
 
 import argparse
@@ -274,7 +275,8 @@ def compared(plain: TimedNetwork, sparse: TimedNetwork, budget: float) -> dict:
     if sparse.update:
         update = statistics.median(seconds(sparse.update) for _ in range(UPDATES))
         every = sparse.driver.clock.period
-        if every > STEPS:  # If `every` is at most STEPS, the timed rounds include updates.
+        # If masks are updated at least every STEPS steps, the timed steps already include updates.
+        if every > STEPS:
             row["step_ratio"] += update / every / step
         row["update"] = {
             "seconds": update,
@@ -345,7 +347,7 @@ def peak_bytes(work: Callable) -> int | None:
 
 
 def cells(row: dict | None) -> dict[str, str]:
-    """Return the table cells of a method as a dict by column."""
+    """Return a dict from the heading of each table column to the cell of a method."""
     if row is None:
         return {"step": "not measured"}
     dense = 1e3 * row["dense_seconds_per_step"]

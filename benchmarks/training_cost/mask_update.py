@@ -158,12 +158,12 @@ def table():
         "",
         "The table below shows the cost of one mask update for a ResNet-50 with 25 million "
         "weights, on one core. RigL ranks each weight tensor separately, and the other methods "
-        "rank all tensors together. The sparsity grows from one mask update to the next. The first "
-        "figure of a cell is the time of a mask update in passes. One pass is the time to compute "
-        "`abs` and `sum` of all weights once. The second figure is the peak memory of a mask "
-        "update, relative to the memory of the weights. The goals were at most 60 passes per "
-        "mask update, and at most twice the memory of the weights. `make bench-overhead` writes "
-        "this page from `results/mask_update/runs.jsonl`.",
+        "rank all tensors together. The sparsity grows from one mask update to the next. Each cell "
+        "contains the time and the peak memory of a mask update. The unit of time is one pass, "
+        "the time to compute `abs` and `sum` of all weights once. The peak memory is relative to "
+        "the memory of the weights. The goals were a time of at most 60 passes, and a peak memory "
+        "of at most twice the memory of the weights. `make bench-overhead` writes this page from "
+        "`results/mask_update/runs.jsonl`.",
         "",
     ]
     columns = {

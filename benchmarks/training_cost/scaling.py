@@ -73,7 +73,7 @@ def methods() -> dict:
 
 
 def net(point, method=None):
-    """Return a compiled network and its callback.
+    """Return a compiled network and the callback that updates its masks.
 
     For the dense baseline, the callback is None.
     """
@@ -124,7 +124,7 @@ def measure(axes):
 
 
 def steps(point, method) -> float:
-    """Return the step time of each method, relative to the dense baseline."""
+    """Return the step time of a method, relative to the dense baseline."""
     import numpy as np
 
     shape = (point.batch * (STEPS + 1), point.width)  # The first step is not timed.
@@ -136,7 +136,7 @@ def steps(point, method) -> float:
         return partial(steps_of_fit, model, x, y, point.batch, [callback] if callback else [])
 
     turns = {"plain": turn(None), "sparse": turn(method)}
-    in_turns(turns, 2)  # Compile the training steps. These times are not used.
+    in_turns(turns, 2)  # Compile the steps, and do not use the times.
     found = ratios(in_turns(turns, ROUNDS), "plain")["sparse"]
     del turns
     gc.collect()
@@ -188,11 +188,11 @@ def table():
         "prune 90 % of the weights. All times are measured on one core. The column of a method "
         f"gives the step time relative to the dense network, as the median of {ROUNDS} rounds. "
         "Each round measures every network once. The other columns give times in seconds. The mask "
-        "update (`update`) runs once every hundred training steps. The other measured functions "
-        "run once per network. "
-        "The measured call of `export_tflite` does not measure latencies. Each cost grows "
-        "approximately as a power of the number of weights, layers or samples, and `slope` is "
-        "the exponent of this power. `make bench-scaling` writes this page from "
+        "update (`update`) runs once every hundred training steps. `sparsify`, `strip`, `shrink` "
+        "and the export with `export_tflite` run once per network. The export runs with "
+        "`measure=False`, so that no latencies are measured. Each cost grows approximately as a "
+        "power of the number of weights, layers or samples. The row `slope` gives the exponent of "
+        "this power. `make bench-scaling` writes this page from "
         "`results/scaling/runs.jsonl`.",
     ]
     stored = results.runs(BENCHMARK)

@@ -7,10 +7,10 @@ Consensus, which cannot prune units of an LSTM.
 
 The timed steps are the first steps of a training run of 4,000 steps. In a run of 4,000 steps, most
 methods update their masks only every 100 steps. Mask updates are therefore timed separately. The
-ratio of a method includes the time of a mask update, divided by the number of steps from one update
-to the next. For DCIL, which updates its masks every 16 steps, an update inside a timed round is
-counted twice. The compile time is the CPU time of the first round minus the CPU time of the second
-round.
+result of a method also includes the time of a mask update, divided by the number of steps from one
+update to the next. For DCIL, which updates its masks every 16 steps, an update inside a timed round
+is counted twice. The compile time is the CPU time of the first round minus the CPU time of the
+second round.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Setting:
     net: Callable
     steps: int  # Number of steps per round.
     rounds: int
-    without: tuple = ()  # Methods that cannot prune the network.
+    without: tuple = ()  # Methods that are not measured, because they cannot prune the network.
 
 
 def small_cnn():
@@ -208,9 +208,10 @@ def table():
         "",
         "The tables below show the time of a training step relative to the dense model "
         "(`plain`). The step time includes mask updates. The models are measured alternately on "
-        "one core. Numbers in brackets are compilation times relative to the dense model. A "
-        "ratio that differs from 1 by a few percent is noise. `make bench-step` and `make "
-        "bench-overhead` write this page from `results/step_time/runs.jsonl`.",
+        "one core. In the table of the ResNet, numbers in brackets are compilation times relative "
+        "to the dense model. Differences of a few percent between step times are noise. `make "
+        "bench-step` and `make bench-overhead` write this page from "
+        "`results/step_time/runs.jsonl`.",
     ]
     stored = results.runs(BENCHMARK)
     for net in SETTINGS:
@@ -222,7 +223,7 @@ def table():
 
 
 def _ratios(run: dict) -> dict[str, str]:
-    """Return the table cells of a run as a dict by method."""
+    """Return a dict from the name of each method to its table cell."""
     found = {name: f"{ratio:.2f}" for name, ratio in run["ratio_to_plain"].items()}
     compiling = run["seconds_to_compile"]
     # If the first round took about as long as the other rounds, the backend has compiled nothing.

@@ -14,10 +14,10 @@ The number of operations is proportional to the density, because each weight of 
 multiplied once per sample. A training step computes three matrix products: outputs, gradients of
 the inputs, and gradients of the weights. Each multiplication with a weight counts as two
 operations. keras_dst computes dense products. The column "zeros skipped" counts only products with
-nonzero weights, at the mean density of each epoch. Methods that may bring back a pruned weight
-(`ALIVE`) need the gradients of all weights. RigL needs the gradients of pruned weights only in the
-step before a mask update. The table does not count the operations for the gradients of pruned
-weights in RigL.
+nonzero weights. Their number is computed from the mean density of each epoch. DST, DCIL and OptG
+(`ALIVE`) can restore a pruned weight in any step, and therefore need the gradients of all weights
+in every step. RigL needs the gradients of pruned weights only in the step before a mask update. The
+table does not count the operations for the gradients of pruned weights in RigL.
 """
 
 import argparse
@@ -59,8 +59,7 @@ def train_network(method, epochs, seed, data):
 
 
 def densities(result) -> list[float]:
-    """Return, for each epoch, the mean of the densities at the start and at the end of the
-    epoch."""
+    """Return for each epoch the mean of its density at the start and its density at the end."""
     way, epochs = result["way"], result["epochs"]
     if way == "dense":
         return [1.0] * epochs
@@ -72,10 +71,10 @@ def densities(result) -> list[float]:
 
 
 def operations(result) -> tuple[float, float]:
-    """Return the number of operations of a training run, relative to one epoch of dense training.
+    """Return two numbers of operations of a training run, relative to one epoch of dense training.
 
-    The first returned number counts all executed operations. The second returned number counts only
-    operations with nonzero weights.
+    The first number counts all executed operations. The second number counts only operations with
+    nonzero weights.
     """
     paths = PATHS.get(result["way"], 1)
     left = 0.0
@@ -105,14 +104,14 @@ def table():
         "",
         f"The table below compares the cost of training LeNet-300-100 on MNIST to {SPARSITY:.0%} "
         f"sparsity. The goal is a mean test accuracy of {100 * goal:.2f} % over {len(dense)} "
-        f"seeds. The dense network reaches {100 * LESS:g} points more after five epochs. The "
-        "column `epochs` gives the smallest number of epochs, out of "
-        f"{', '.join(map(str, EPOCHS))}, with which the method reaches the goal. The column "
+        f"seeds. This goal is {100 * LESS:g} percentage points below the accuracy of the dense "
+        "network after five epochs. The column `epochs` gives the smallest number of epochs, out "
+        f"of {', '.join(map(str, EPOCHS))}, with which the method reaches the goal. The column "
         "`operations` gives the number of operations of the whole training, relative to one "
         "epoch of dense training. The column `zeros skipped` gives the number of operations for "
         "a processor that skips all zeros. The column `seconds` gives the duration of `fit`, "
         "including compilation. The sparsity of every training run differs from the target by at "
-        f"most {100 * apart:.2f} percentage points. `make bench-time-to-accuracy` writes this "
+        f"most {100 * apart:.1g} percentage points. `make bench-time-to-accuracy` writes this "
         "page from `results/time_to_accuracy/runs.jsonl`.",
         "",
         "| | epochs | accuracy | operations | zeros skipped | seconds |",
