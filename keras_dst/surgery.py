@@ -67,7 +67,7 @@ class SparsifyReport:
         skipped: List of `(path, reason)`, with one entry per layer that has a kernel and is not
             sparse.
         doubled: Paths of the batch normalizations that received a second set of variables.
-            `methods.DCIL` uses the second set in forward passes without masks.
+            `methods.DCIL` uses the second set of variables in forward passes without masks.
     """
 
     method: Method

@@ -235,8 +235,8 @@ class _Ranking(Scores):
         )
 
     def first_entries(self):
-        """Return the entries that the argument `first` of `top_k` always keeps, as one argument of
-        `_with_first` per bundle of tensors."""
+        """Return the entries that are always kept because of the argument `first` of `top_k`. The
+        list has one argument of `_with_first` for each bundle of tensors."""
         if max(self.first) > 1:
             flat = self.split(self.scores)
             each = _Ranking(flat, together=False)
@@ -324,8 +324,8 @@ class _Ranking(Scores):
         (Illinois variant). Every third step tries the midpoint between the lower and the upper
         threshold, which limits the number of steps for any distribution of scores.
 
-        The Illinois variant is analyzed in M. Dowell and P. Jarratt, "A modified regula falsi
-        method for computing the root of an equation", BIT 11 (1971).
+        Dowell and Jarratt analyze the Illinois variant in "A modified regula falsi method for
+        computing the root of an equation", BIT 11 (1971).
         """
 
         def open_(low, high, below, above, *_):
@@ -557,9 +557,8 @@ def _clipped(s, neutral):
 def _with_first(mask, first):
     """Return a copy of the mask in which the entries that are always kept are True.
 
-    `first` is a boolean matrix of the entries that are always kept, or a column vector. For each
-    row of the mask, the column vector holds the column of an entry that is always kept, or -1 for
-    no entry.
+    `first` is a boolean matrix of the entries that are always kept, or a column vector. A column
+    vector states, for each row, the column index of one entry that is always kept, or -1.
     """
     if first is None:
         return mask

@@ -102,7 +102,7 @@ class Scores:
         self.count = sum(lengths)
         if _is_plain(scores[0]):
             found = _kept_on(str(scores[0].device), tuple(lengths), together)
-        else:  # Traced functions must not share these tensors.
+        else:  # Each traced function creates its own tensors.
             found = _arranged(lengths, together)
         self.lengths, self.bundles = found
         scores = [ops.cast(s, "float32") for s in scores]

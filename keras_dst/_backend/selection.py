@@ -28,8 +28,8 @@ _SORTED = 1 << 20  # If there are at most this many scores, all scores are sorte
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
 _DEVIATIONS = 5  # Distance between a bound and the expected threshold, in standard deviations.
 # If all tensors are ranked together, most scores between the bounds may belong to a few tensors.
-# The vector of copies therefore has room for up to `_CONCENTRATION` times the proportional share of
-# each bundle.
+# The vector of copies therefore has room for up to `_CONCENTRATION` times as many scores of a
+# bundle as an even distribution would need.
 _CONCENTRATION = 16
 
 
@@ -118,8 +118,8 @@ def _is_finite(scores: Scores, low, above, between):
 
 
 def _bounds(scores: Scores, kept):
-    """Return a lower and an upper bound per ranking. With high probability, the threshold lies
-    between the two bounds."""
+    """Return a lower and an upper bound for the threshold of each ranking. With high probability,
+    the threshold lies between the two bounds."""
     if scores.count <= _SORTED:
         # Add the bounds to zeros, because `ops.full` would make the host wait for the GPU.
         return [ops.zeros(kept.shape, "float32") + end for end in (-np.inf, np.inf)]
@@ -166,7 +166,7 @@ def _by_tensor(order, tensor):
 
 
 def _limits(scores: Scores) -> list[int]:
-    """Return, for each bundle, the maximum number of scores that are copied."""
+    """Return, for each bundle, the maximum number of its scores that are copied."""
     if scores.count <= _SORTED:
         return [b.tensor.shape[0] * ROW_WIDTH for b in scores.bundles]
 

@@ -49,8 +49,8 @@ class _Builder:
         return self.tensors[id(x.origin or x)]
 
     def add(self, handler: ChannelHandler) -> None:
-        """Add a call of the given model to the smaller model. A sum with constant inputs becomes a
-        sum of the other inputs and an offset."""
+        """Repeat a call of the given model in the smaller model. A sum with constant inputs becomes
+        a sum of the other inputs and an offset."""
         call = handler.call
         if isinstance(handler, Addition) and call.constant_terms:
             terms = [self.tensor(x) for x in call.inputs]

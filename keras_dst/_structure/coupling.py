@@ -55,7 +55,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True, eq=False)
 class CoupledChannels:
-    """All channels of a model, in groups of coupled layers.
+    """All channels of a model, grouped by the layers from which they are removed together.
 
     Every channel has an integer id. `Member.axes` lists the ids along each axis of a variable.
     Slices of variables that have the same id are kept or removed together. The channels of the

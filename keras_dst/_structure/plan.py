@@ -149,8 +149,8 @@ class Plan:
             self.removed = ~needed
 
     def _keep_necessary_channels(self) -> None:
-        """Keep at least one channel of every tensor. Also keep the constant channels that replace
-        removed constant channels (see `KernelLayer.carrier`)."""
+        """Keep at least one channel of every tensor. Also keep the constant channels that layers
+        with zero padding need (see `KernelLayer.carrier`)."""
 
         def keep(group: int, reason: str) -> None:
             self.removed[group] = False

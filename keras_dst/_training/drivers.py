@@ -326,7 +326,7 @@ class Driver:
         )
 
     def _assigned(self) -> float:
-        """Return the current sparsity. A callback may have assigned other weights before."""
+        """Return the sparsity of the current weights, which a callback may have assigned."""
         return self.reached()
 
     def _prune(self, batches: int) -> None:
@@ -538,8 +538,8 @@ class Driver:
         return sum(counts), 1 - sum(c * k for c, k in zip(costs, counts)) / total
 
     def _alive(self) -> np.ndarray:
-        """Return a boolean array that is True for each kept channel. An additional last entry is
-        True, because the channel index -1 stands for entries that are never pruned."""
+        """Return a boolean array that is True for each kept channel. The array ends with an
+        additional True, because the channel index -1 stands for entries that are never pruned."""
         return ops.convert_to_numpy(self._kept(*self._values())[1])
 
     def mask_followers(self) -> None:
