@@ -3,7 +3,7 @@
 The process trains a small network with every method, one after the other. During training, the
 process saves backups. The process prints a line after every step. After the training run of a
 method, the process writes all trained variables to `METHOD.npz`. A restarted process skips the
-methods that have such a file.
+methods that have a file `METHOD.npz`.
 """
 
 import pathlib

@@ -263,7 +263,7 @@ class Operations:
         from torch.utils._python_dispatch import TorchDispatchMode
         from torch.utils._pytree import tree_leaves
 
-        # An operation in these sets reads or writes only some entries of a tensor.
+        # An operation in `selects` or `changes_selected` uses only some entries of a tensor.
         selects = {"index", "index_select", "embedding", "take", "gather"}
         changes_selected = {"index_put_", "index_add_", "index_fill_"}
         overwrites = {"copy_", "fill_", "zero_"}

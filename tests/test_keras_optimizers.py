@@ -32,7 +32,7 @@ OPTIMIZERS = {
 MODULES = [f"{name.lower()}_test" for name in OPTIMIZERS]
 MODULES = [{"schedulefreeadamw_test": "schedule_free_adamw_test"}.get(m, m) for m in MODULES]
 MODULES += ["optimizer_test", "loss_scale_optimizer_test", "multi_optimizer_test"]
-# EXCLUDED maps tests of Keras that a wrapped optimizer cannot pass to the reason.
+# Tests of Keras that a wrapped optimizer cannot pass, each with the reason.
 EXCLUDED = {
     "optimizer_test-test_get_method": "expects the class of the inner optimizer",
     "optimizer_test-test_optimizer_auto_naming": "expects the name of the inner class",

@@ -349,7 +349,7 @@ def test_allocations_match_weights_by_name():
 def sensitive(rng):
     """Return a classifier with a wide layer and a narrow layer.
 
-    All weights of the narrow layer affect the outputs.
+    All weights of the narrow layer affect the outputs of the network.
     """
     model = keras.Sequential(
         [

@@ -4,7 +4,7 @@ A reference class computes one pruning method in NumPy and stores its scores, co
 thresholds. Each reference class has three functions. `effective` returns the masked weights, with
 which the network computes its outputs. `step` applies the gradients of the masked weights with the
 optimizer. `between` runs between two training steps, and updates masks, scores, counters or
-thresholds. Its argument is the number of finished steps.
+thresholds. The argument of `between` is the number of finished steps.
 """
 
 import keras

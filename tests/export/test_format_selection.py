@@ -267,7 +267,7 @@ BY_4 = WIDE | {"1x4", "1x4+densify", "int8 1x4+densify"}
 @pytest.mark.parametrize(
     ("inputs", "expected"),
     [
-        (302, WIDE),  # 302 is not a multiple of 4 or 16, so blocks would lose inputs.
+        (302, WIDE),  # 302 is not a multiple of 4 or 16, so blocks would lose the last inputs.
         (300, BY_4),  # Blocks of 16 would lose the last 12 of the 300 inputs.
         (304, BY_4 | {"int8 1x16"}),
         (4096, BY_4 | {"int8 1x16"}),

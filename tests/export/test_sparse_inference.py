@@ -128,8 +128,8 @@ def gated(*squeeze):
 def network(*steps, size=16, channels=3, also=()):
     """Return a file with a graph to which the functions in ``steps`` have added their ops in order.
 
-    ``also`` contains indices of ``steps``. The result of each of these steps is one more output of
-    the file.
+    ``also`` contains positions in the list ``steps``. The result of each of these steps is one more
+    output of the file.
     """
     graph = File().graph()
     x = y = graph.tensor([1, size, size, channels])

@@ -58,7 +58,7 @@ SINGLE = [
     ("layer", KERNEL, (3, 2, 4, 5), (), (0, 1, 2, 3)),
     ("weight", KERNEL, (6, 4), (6, 4), ()),
 ]
-# A row contains the columns of SINGLE, then the pattern and the shape of a block.
+# A row of GROUPED contains the columns of SINGLE, then the pattern and the shape of a block.
 GROUPED = [
     # The pattern 1x4 splits 6 inputs into a block of 4 weights and a block of 2 weights.
     ("unit", KERNEL, (6, 4), (4,), (0,), "1x4", (4, 1)),
@@ -403,7 +403,7 @@ def test_invalid_arguments_raise(arguments, message):
 def test_no_layer_masks_a_unit_of_a_kept_channel():
     # Each of the two weights has a unit of channel 0. The unit of the first weight is below its
     # threshold, but stays, because the second weight keeps its unit. The last unit of the second
-    # weight belongs to no channel and always stays.
+    # weight belongs to no group of coupled channels and is always kept.
     method = DST(0.5, pattern="channel")
     groups = ChannelGroups([2], np.zeros((1, 2, 2)), np.ones((1, 2)))
     layouts = [Layout(channels=Channels(ids, groups)) for ids in ([0, 1], [1, 0, -1])]

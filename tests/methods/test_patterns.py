@@ -45,7 +45,7 @@ def check_pattern(pattern, mask):
     """Check that a mask has the given pattern.
 
     The second to last axis of the mask belongs to the inputs of the layer, whose number must be a
-    multiple of 4. The last axis belongs to the outputs.
+    multiple of 4. The last axis belongs to the outputs of the layer.
     """
     *window, inputs, outputs = mask.shape
     if pattern == "2:4":
