@@ -57,8 +57,8 @@ def halvings(events):
     sparsity = 1 - 0.5**events
     task = dataclasses.replace(TASKS["mnist"], epochs=events + 1)
     schedule = functools.partial(Geometric, end=events / (events + 1), rate=0.5)
-    # In short training runs, FlipOut in keras_dst has other defaults than the paper for these two
-    # arguments.
+    # In short training runs, the defaults of FlipOut in keras_dst for `noise` and `rate` differ
+    # from the paper.
     paper = {"noise": 1.0, "rate": 0.5}
     yield Case(f"flipout-{sparsity:.4g}", "flipout", "FlipOut", sparsity, task, options=paper)
     yield Case(f"magnitude-{sparsity:.4g}", "flipout", "Magnitude", sparsity, task, schedule)

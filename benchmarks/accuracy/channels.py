@@ -124,9 +124,9 @@ def dense(net, data, seed, epochs):
 
 
 def prune(path, net, data, method, speedup, epochs, seed):
-    """Prune the dense network with a method while training it. Return the accuracy and the cost.
+    """Prune the dense network with a method during training.
 
-    The cost is the fraction of the FLOPs and of the parameters that remains after `shrink`.
+    Return the accuracy, and the fractions of the FLOPs and parameters that remain after `shrink`.
     """
     import keras
 
@@ -223,7 +223,8 @@ def run_all(args, prune):
 
     Args:
         args: Parsed options, see `add_options`.
-        prune: Function that prunes and trains a network, and returns the dict to store.
+        prune: Function that prunes and trains a network, and returns a dict of the results to
+            store.
     """
     from benchmarks.data import cifar10
 

@@ -83,7 +83,7 @@ class Task:
     rate: float
     decay: float | None = None
     batch: int = BATCH
-    batches: type[Shuffled] | None = None  # None: `fit` shuffles the samples.
+    batches: type[Shuffled] | None = None  # If None, `fit` shuffles the samples.
     # Function that maps a learning rate and a number of steps to a learning rate schedule.
     rates: Callable = cosine
 
@@ -102,7 +102,7 @@ TASKS = {
     ),
 }
 
-# Functions that return a pruning method. The first argument is the sparsity.
+# Functions that return a pruning method for a given sparsity, which is their first argument.
 METHODS = {
     "dense": None,
     "random": functools.partial(SET, drop_fraction=0.0),

@@ -110,8 +110,8 @@ PUBLISHED = {("dcil", "resnet-32-16"): ("DCIL, in its paper", {0.9: "92.74", 0.9
 class Epochs(keras.utils.PyDataset):
     """Epochs of randomly shifted and flipped images.
 
-    The random shifts and flips are the same on every backend, and after training continues from a
-    backup.
+    All backends use the same random shifts and flips. The shifts and flips stay the same if
+    training continues from a backup.
 
     Args:
         x, y: Images with 8-bit pixels, and their class labels.
@@ -242,7 +242,7 @@ def vgg_19(x_train, decay):
 
 @dataclass(frozen=True)
 class Net:
-    """Network of one results table. The table compares `methods` at `sparsities`.
+    """Network of one table in results/papers. The table compares `methods` at `sparsities`.
 
     The title contains the numbers of channels, because papers use one name for networks of
     different widths.
@@ -280,7 +280,7 @@ class Run:
         images: Maximum number of training images, and of test images. Defaults to None, which means
             all images.
         epochs: Number of epochs. Defaults to None, which means the number of epochs of the recipe.
-        batch: Number of images per batch. Defaults to None, which means 128.
+        batch: Number of images per batch. Defaults to None, which means 128 images.
     """
 
     net: str

@@ -84,7 +84,8 @@ NETWORKS = {
 def measure(build, mode: str) -> dict:
     """Remove half of the channels of a network.
 
-    Return the remaining parameters and FLOPs, or an error message.
+    Return the remaining fractions of the parameters and FLOPs, and figures that describe the
+    smaller network.
     """
     import keras
     import numpy as np

@@ -163,7 +163,8 @@ def _steps(build, method):
     y = np.arange(BATCH * BATCHES) % CLASSES
     y = [y] * len(model.outputs) if len(model.outputs) > 1 else y
     optimizer = apply_method(method, model, keras.optimizers.SGD(1e-3, momentum=0.9))
-    xla = keras.backend.backend() == "jax"  # On other backends, XLA compiles for minutes.
+    # On TensorFlow and PyTorch, the compilation with XLA would take minutes.
+    xla = keras.backend.backend() == "jax"
     model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=xla)
     driver = keras_dst.callbacks.SparseTraining()
     history = model.fit(x, y, batch_size=BATCH, epochs=2, verbose=0, callbacks=[driver]).history

@@ -105,7 +105,8 @@ def half_width(dense):
         for key in ("filters", "units", "num_heads"):
             if key in options:
                 options[key] = half(options[key])
-        if "target_shape" in options:  # The last axis of a Reshape contains channels.
+        # The channels are on the last axis of the target shape of a Reshape layer.
+        if "target_shape" in options:
             *others, channels = options["target_shape"]
             options["target_shape"] = (*others, half(channels))
     model = type(dense).from_config(config)
@@ -209,7 +210,7 @@ def measured_ops(dense, small) -> dict[str, list[float]]:
 
 
 def single_ops(content: bytes):
-    """Extract each op that reads a computed tensor into a separate `.tflite` file.
+    """Extract each op with an input that is not constant into a separate `.tflite` file.
 
     For each op, yield its name, its number of output channels, and the content of its file.
     """
@@ -279,9 +280,9 @@ def table():
         "last column lists the additional ops of the file after `shrink`.",
         "",
         "If the ratio of the latencies is 1, the network after `shrink` is as fast as the network "
-        "that was built at half width. Its latency can still be higher than its FLOPs suggest, "
-        "because the runtime runs narrow layers less efficiently than wide layers. In the ViT, the "
-        "ops `PAD` and `STRIDED_SLICE` keep the width of the layer normalizations.",
+        "that was built at half width. The latency of both networks can still be higher than their "
+        "FLOPs suggest, because the runtime runs narrow layers less efficiently than wide layers. "
+        "In the ViT, the ops `PAD` and `STRIDED_SLICE` keep the width of the layer normalizations.",
         "",
         "| network | FLOPs after `shrink` | FLOPs, built | latency after `shrink` / built | "
         "spread | additional ops after `shrink` |",
@@ -306,7 +307,8 @@ def table():
         "time of both files.",
         "",
         "A convolution or a dense layer with half of its inputs and half of its outputs needs "
-        "about a quarter of the time. The following ops become less than four times as fast:",
+        "about a quarter of the time. The time of the following ops decreases by less than a "
+        "factor of four:",
         "",
         f"* A vector register of the measured CPU holds {LANES} float32 values. If a convolution "
         "has 8 filters, half of each vector register is empty. A convolution therefore does not "

@@ -196,15 +196,15 @@ def file_ratios(run, dense):
     """Return file sizes and arena sizes as ratios to dense files.
 
     The ratio `gzip` compares the file of the run with the file of the dense network. The other
-    ratios compare the file for TFLM with the dense int8 file of the same run. This int8 file has
-    the same size in every run of a network.
+    ratios compare the file for TFLM with the dense int8 file of the same run. The dense int8 file
+    of a network has the same size in every run.
     """
     micro = run["tflm"]
     return {
         "gzip": run["gzip_bytes"] / dense["gzip_bytes"],
         "TFLM file": micro["bytes"] / micro["dense_bytes"],
-        # Do not count the bytes of the dense file that TFLM does not read. The ratio then shows
-        # only the effect of zeros.
+        # To show only the effect of zeros, do not count the bytes of the dense file that TFLM does
+        # not read.
         "zeros only": micro["bytes"] / (micro["dense_bytes"] - micro["unread_bytes"]),
         "TFLM arena": micro["arena"] / micro["dense_arena"],
     }

@@ -75,7 +75,7 @@ def pytorch(path):
 
 @dataclass
 class Runtime:
-    """Runtime: its export format in Keras, its file names, and a function that loads the files."""
+    """Inference runtime: its format in `Model.export`, its file names, and its loader."""
 
     format: str
     files: tuple[str, ...]

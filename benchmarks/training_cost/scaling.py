@@ -136,7 +136,7 @@ def steps(point, method) -> float:
         return partial(steps_of_fit, model, x, y, point.batch, [callback] if callback else [])
 
     turns = {"plain": turn(None), "sparse": turn(method)}
-    in_turns(turns, 2)  # Compile the steps, and do not use the times.
+    in_turns(turns, 2)  # Compile the training steps.
     found = ratios(in_turns(turns, ROUNDS), "plain")["sparse"]
     del turns
     gc.collect()

@@ -2,7 +2,7 @@
 
 Each round times a few training steps of the dense baseline and of each method, with batch size 128
 on one core. In each round, the step time of a method is divided by the step time of the dense
-baseline. The result is the median of the ratios of all rounds. `lstm-128` is not trained with
+baseline. The result is the median of these ratios over all rounds. `lstm-128` is not trained with
 Consensus, which cannot prune units of an LSTM.
 
 The timed steps are the first steps of a training run of 4,000 steps. In a run of 4,000 steps, most

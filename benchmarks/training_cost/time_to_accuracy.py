@@ -14,10 +14,10 @@ The number of operations is proportional to the density, because each weight of 
 multiplied once per sample. A training step computes three matrix products: outputs, gradients of
 the inputs, and gradients of the weights. Each multiplication with a weight counts as two
 operations. keras_dst computes dense products. The column "zeros skipped" counts only products with
-nonzero weights. Their number is computed from the mean density of each epoch. DST, DCIL and OptG
-(`ALIVE`) can restore a pruned weight in any step, and therefore need the gradients of all weights
-in every step. RigL needs the gradients of pruned weights only in the step before a mask update. The
-table does not count the operations for the gradients of pruned weights in RigL.
+nonzero weights. The number of these products is computed from the mean density of each epoch. DST,
+DCIL and OptG (`ALIVE`) can restore a pruned weight in any step, and therefore need the gradients of
+all weights in every step. RigL needs the gradients of pruned weights only in the step before a mask
+update. The table does not count the operations for the gradients of pruned weights in RigL.
 """
 
 import argparse
@@ -71,9 +71,9 @@ def densities(result) -> list[float]:
 
 
 def operations(result) -> tuple[float, float]:
-    """Return two numbers of operations of a training run, relative to one epoch of dense training.
+    """Return two counts of the operations of a training run, relative to one dense epoch.
 
-    The first number counts all executed operations. The second number counts only operations with
+    The first count includes all executed operations. The second count includes only operations with
     nonzero weights.
     """
     paths = PATHS.get(result["way"], 1)
