@@ -69,7 +69,7 @@ def resnet(depth: int, width: int = 16, stride: int = 1):
     """Return the CIFAR-10 ResNet of arXiv 1512.03385 with 6 n + 2 layers and projection shortcuts.
 
     `width` is the number of channels of the first stage. `stride` is the stride of the first
-    convolution. The defaults are the values of the paper.
+    convolution. The default width and the default stride are the values of the paper.
     """
     blocks, rest = divmod(depth - 2, 6)
     if rest:

@@ -22,7 +22,7 @@ NOTES = pathlib.Path(__file__).parent / "notes"
 
 
 def runs(benchmark: str) -> dict[str, dict]:
-    """Return all stored runs of a benchmark as a dict from the name of each run to the run."""
+    """Return all stored runs of a benchmark as a dict by name."""
     path = RESULTS / benchmark / "runs.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return {run.pop("run"): run for run in map(json.loads, lines)}

@@ -20,7 +20,7 @@ def cpu_seconds(function: Callable) -> float:
 
 
 def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter) -> float:
-    """Return the seconds of all steps of a one-epoch `fit` except the first, with callbacks.
+    """Run `fit` for one epoch, and return the seconds of all training steps except the first.
 
     The time before the first step and after the last step is not counted. The first step is left
     out because the first step may allocate memory for all steps. `now` is the function that reads

@@ -43,7 +43,7 @@ class Tool:
     methods: tuple = ()
     slow: tuple = ()  # Methods that are so slow that they run with only one seed.
     probabilities = True  # Whether the network ends with a softmax.
-    setting = None  # Value of `alpha`, or None for the default.
+    setting = None  # Argument `alpha` of DST. None: the default.
 
     def begin(self, method, model, optimizer, epochs, steps):
         """Return the pruned model, the optimizer for `compile`, and the callbacks for `fit`."""
@@ -53,7 +53,7 @@ class Tool:
         return model
 
     def files(self, model):
-        """Yield pairs of the converter's options and the content of a `.tflite` file."""
+        """Convert a model with different options. Yield the options and the `.tflite` file."""
         import tensorflow as tf
 
         sparse = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]

@@ -3,10 +3,10 @@
 All networks have random weights, and their channels are pruned by magnitude without training. Time
 and peak memory are measured during the call of `shrink`. Latency is measured in the LiteRT
 interpreter on one thread, for the `.tflite` files of the dense and of the smaller network. The two
-files are measured alternately, and the latency is the median. After half of the channels are
-removed, each op of the two files is also measured alone. The latency of each network is also
-compared with a network that was built at half width. Networks whose results are already stored are
-skipped.
+files are measured alternately, and the latency is the median time of one inference. After half of
+the channels are removed, each op of the two files is also measured alone. The latency of each
+network is also compared with a network that was built at half width. Networks whose results are
+already stored are skipped.
 
 python -m benchmarks.coverage.smaller [--networks NETWORK ...] [--shrink-only]
 """
@@ -43,7 +43,7 @@ NETWORKS = {
 
 
 def drawn(build):
-    """Return a network with random weights, biases and statistics."""
+    """Return a network with random weights, biases and moving statistics."""
     import keras
 
     keras.utils.set_random_seed(0)
@@ -98,7 +98,8 @@ def half_width(dense):
 
     config = dense.get_config()
     for layer in config["layers"]:
-        layer.pop("build_config", None)  # Remove the stored shapes of the weights.
+        # Remove the stored shapes of the weights, which do not fit the smaller layers.
+        layer.pop("build_config", None)
         options = layer["config"]
         if options["name"] == dense.layers[-1].name:
             continue
@@ -282,7 +283,8 @@ def table():
         "If the ratio of the latencies is 1, the network after `shrink` is as fast as the network "
         "that was built at half width. The latency of both networks can still be higher than their "
         "FLOPs suggest, because the runtime runs narrow layers less efficiently than wide layers. "
-        "In the ViT, the ops `PAD` and `STRIDED_SLICE` keep the width of the layer normalizations.",
+        "In the ViT, the ops `PAD` and `STRIDED_SLICE` surround each layer normalization, which "
+        "keeps its original width.",
         "",
         "| network | FLOPs after `shrink` | FLOPs, built | latency after `shrink` / built | "
         "spread | additional ops after `shrink` |",

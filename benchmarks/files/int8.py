@@ -77,7 +77,7 @@ def table():
         "number in brackets is the size of the file relative to the dense float32 file. The "
         "sparse networks have 90 % zeros. For the column `int8 weights`, the exporter rounds a "
         "weight tensor to int8 if the file becomes smaller. Files with int8 weights compute in "
-        "float32. The files of the column `int8` compute in integers. The value ranges of their "
+        "float32. The files of the column `int8` compute in integers. The value ranges of the "
         f"activations are measured on {SAMPLES} training images. `make bench-int8` writes this "
         "page from `results/int8/runs.jsonl`.",
         "",

@@ -177,7 +177,8 @@ def table():
     results.write_index(BENCHMARK, lines)
 
 
-#: For each column of the two tables: heading, kind of file, key of the figure, number of digits.
+#: Columns of the two tables. Each tuple contains the heading of a column, the kind of file, the key
+#: of the figure, and the number of digits.
 EXPORTED = (
     ("bytes", "sparse", "bytes", 3),
     ("latency", "sparse", "latency", 2),

@@ -99,7 +99,7 @@ def prepared(method):
     driver = drivers_of(model)[0]
     driver.begin(STEPS, STEPS, STEPS // 10)
     for layer in getattr(driver, "layers", []):
-        layer.traced_both_paths = True  # In a training step, DCIL sets this attribute.
+        layer.traced_both_paths = True  # A training step with DCIL would set this attribute.
     steps = itertools.count(STEPS // 4, STEP)
 
     def update():
