@@ -58,9 +58,14 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Allow a line break after each dot in the headings of the reference."""
+    """Allow line breaks after the dots of long names, and forbid line breaks in figures."""
     name = r'(?<=<span class="doc doc-object-name )[^<]+'
-    return re.sub(name, lambda heading: heading[0].replace(".", ".<wbr>"), html)
+    html = re.sub(name, lambda heading: heading[0].replace(".", ".<wbr>"), html)
+    parts = re.split(r"(<pre.*?</pre>|<code.*?</code>)", html, flags=re.DOTALL)
+    figure = r"(?<=\d) (?=%)|(?<=\d) (?=± \d)|(?<=±) (?=\d)"
+    return "".join(
+        part if i % 2 else re.sub(figure, "&nbsp;", part) for i, part in enumerate(parts)
+    )
 
 
 def _link(target: str, file: File) -> str:
@@ -89,7 +94,10 @@ def _formulas(text: str) -> str:
 
 
 def _display(block) -> str:
-    return f"<div>{convert(block[1].strip(), display='block')}</div>"
+    """Render the formulas of a line separately, so that a phone shows one below the other."""
+    parts = block[1].split(r"\qquad")
+    formulas = [f"<span>{convert(part.strip(), display='block')}</span>" for part in parts]
+    return f"<div>{' '.join(formulas)}</div>"
 
 
 def _inline(formula) -> str:
@@ -102,15 +110,24 @@ def _figures(marker) -> str:
 
 
 def figures(method: str, page: str) -> str:
-    """Return the rows of a method, its variants and its baselines from results/methods/index.md."""
+    """Return the rows of a method, its variants and its baselines from results/methods/index.md.
+
+    Omit the columns in which only the dense network has a figure.
+    """
     wanted = ("method", "---", "dense", "random", "Magnitude", method)
-    lines = []
+    lines = [
+        "Each cell shows the test accuracy in %, as mean ± standard deviation over the seeds. "
+        "The number in brackets is the fraction of the weights that are zero or removed."
+    ]
     for section in page.split("\n## ")[1:]:
         heading, *rest = section.splitlines()
-        rows = [line for line in rest if line.startswith("|")]
+        rows = [[cell.strip() for cell in line.split("|")] for line in rest if line[:1] == "|"]
+        rows = [row for row in rows if row[1].split(",")[0] in wanted]
         if rows:
+            pruned = [row for row in rows[2:] if row[1] != "dense"]
+            shown = [i for i in range(1, len(rows[0]) - 1) if any(row[i] for row in pruned)]
             lines += ["", f"**{heading}**", ""]
-            lines += [row for row in rows if re.split("[|,]", row)[1].strip() in wanted]
+            lines += [f"| {' | '.join(row[i] for i in shown)} |" for row in rows]
     return "\n".join(lines)
 
 

@@ -83,6 +83,27 @@ def test_markdown_is_rendered_as_on_github(site):
         assert not re.search(r"(?m)^ {1,3}[*-] ", text), page
 
 
+def test_formulas_and_figures_fit_a_phone(site):
+    """Formulas of one line may be shown below each other, and no line begins with a % sign."""
+    text = (site / "methods/dst/index.html").read_text()
+    source = (ROOT / "docs/methods/dst.md").read_text()
+    assert text.count('display="block"') == source.count("```math") + source.count(r"\qquad")
+    for path, text in html(site).items():
+        prose = re.sub(r"<(pre|code)\b.*?</\1>|<[^>]+>", "", text.split("<article")[-1], flags=re.S)
+        assert not re.search(r"\d (%|± \d)", prose), path
+
+
+def test_pages_of_methods_omit_empty_columns(site):
+    """A column with only the dense baseline is omitted."""
+    consensus, rigl = (
+        (site / f"methods/{name}/index.html").read_text() for name in ("consensus", "rigl")
+    )
+    assert "<th>50% sparse</th>" in consensus
+    assert "<th>50% sparse</th>" not in rigl
+    assert "<th>90% sparse</th>" in rigl
+    assert "standard deviation" in rigl
+
+
 def test_the_reference_shows_the_default_value_of_every_argument(site):
     """Arguments with a common description in the docstring have separate rows in the table."""
     page = (site / "methods/rigl/index.html").read_text()
