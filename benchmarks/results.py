@@ -18,6 +18,7 @@ import statistics
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+TITLES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}  # of backends in headings
 NOTES = pathlib.Path(__file__).parent / "notes"
 
 
@@ -75,8 +76,12 @@ def write_index(benchmark: str, lines: list[str]) -> None:
 
 
 def columns(cells_of: dict[str, dict[str, str]]) -> list[str]:
-    """Return the lines of a Markdown table. `cells_of[column][row]` is the text of a cell."""
-    lines = [f"| | {' | '.join(cells_of)} |", "|---|" + "---|" * len(cells_of)]
+    """Return the lines of a Markdown table with a row per method.
+
+    `cells_of[column][method]` is the text of a cell.
+    """
+    headings = [TITLES.get(name, name) for name in cells_of]
+    lines = [f"| method | {' | '.join(headings)} |", "|---|" + "---|" * len(cells_of)]
     for name in dict.fromkeys(name for cells in cells_of.values() for name in cells):
         cells = [cells.get(name, "") for cells in cells_of.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")

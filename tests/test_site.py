@@ -93,6 +93,11 @@ def test_formulas_and_figures_fit_a_phone(site):
         assert not re.search(r"\d (%|± \d)", prose), path
 
 
+def test_every_column_has_a_heading(site):
+    for path, text in html(site).items():
+        assert not re.search(r"<th[^>]*>\s*</th>", text), path
+
+
 def test_pages_of_methods_omit_empty_columns(site):
     """A column with only the dense baseline is omitted."""
     consensus, rigl = (

@@ -201,7 +201,7 @@ def table():
         "writes this page from `results/methods/runs.jsonl`.",
     ]
     for (net, epochs, backend), runs in found.items():
-        lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]
+        lines += ["", f"## {net}, {epochs} epochs, {results.TITLES[backend]}", ""]
         targets = sorted({target for _, target in runs if target != ""})
         lines += ["| method | seeds | " + " | ".join(f"{t:.0%} sparse" for t in targets) + " |"]
         lines += ["|---|---|" + "---|" * len(targets)]

@@ -35,7 +35,7 @@ def table():
         "`results/patterns/runs.jsonl`.",
     ]
     for net, epochs, backend in dict.fromkeys(key for key, *_ in found):
-        lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]
+        lines += ["", f"## {net}, {epochs} epochs, {results.TITLES[backend]}", ""]
         lines += ["| method | sparsity | seeds | " + " | ".join(PATTERNS) + " |"]
         lines += ["|---|---|---|" + "---|" * len(PATTERNS)]
         for sparsity in SPARSITIES:

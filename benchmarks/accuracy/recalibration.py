@@ -95,7 +95,7 @@ def table():
     for run in results.runs(BENCHMARK).values():
         found[run["training"], run["pattern"], run["target"]].append(run)
     lines = [
-        "# Recalibration",
+        "# Accuracy after recalibration of batch normalization",
         "",
         "The table below shows the test accuracy in % of ResNet-8 on CIFAR-10, as mean and "
         f"standard deviation over the seeds. The network was trained for {EPOCHS} epochs on "

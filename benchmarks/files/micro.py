@@ -49,7 +49,7 @@ class Net:
 NETS = {
     "lenet": Net("LeNet-300-100, MNIST", networks.lenet_300_100, mnist, 10, 0.05, ".*/kernel"),
     "keywords": Net(
-        "keyword-spotting CNN, spoken digits",
+        "Keyword-spotting CNN, spoken digits",
         networks.keyword_cnn,
         spoken_digits,
         30,
@@ -227,12 +227,14 @@ def table():
     lines = [
         "# Microcontrollers and NPUs",
         "",
-        "Each network on this page has two tables. The first table shows the share of zeros in % "
+        "Each network on this page has three tables. The first table shows the share of zeros in % "
         "among all kernels, including the kernels that stay dense. The first table also shows "
         "the accuracy in % of the float32 model and of its int8 file on all test samples. The "
         "columns `bytes` and `arena` describe the int8 file with dense weights that TensorFlow's "
         "converter writes. The arena is the memory, in bytes, that TensorFlow Lite Micro (TFLM) "
-        "allocates to run a file. All other columns are ratios to the file of the dense network "
+        "allocates to run a file.",
+        "",
+        "The second table shows ratios to the file of the dense network "
         "after the same number of epochs. The column `gzip` gives the size of the file after "
         "compression. The columns `TFLM file` and `TFLM arena` give the size and the arena of the "
         "file that keras_dst exports for TFLM. A file for TFLM omits the zeros of pruned kernels, "
@@ -240,7 +242,7 @@ def table():
         "column `zeros only`, the parts that TFLM does not need are also removed from the dense "
         "file. The column `zeros only` therefore shows only the effect of zeros.",
         "",
-        "The second table shows the bytes of the encoded weights and the cycles of three Ethos-U "
+        "The third table shows the bytes of the encoded weights and the cycles of three Ethos-U "
         "NPUs, relative to the dense network. The NPU cycles are the cycles in which the NPU "
         "computes. The figures for NPUs are **Vela's estimates** with Vela's default "
         "configurations, not measurements on hardware.",
@@ -257,7 +259,7 @@ def table():
             f"The network ({first['parameters']:,} parameters) is trained for {net.epochs} epochs "
             f"on {first['trained_on']:,} samples and tested on {first['tested_on']:,} samples.",
         ]
-        files, npus = {}, {}
+        files, ratios, npus = {}, {}, {}
         for variant, run in runs.items():
             title = f"{variant} %" if variant.isdigit() else variant.replace("90,", "90 %,")
             files[title] = {
@@ -266,13 +268,16 @@ def table():
                 "int8": f"{100 * run['int8_accuracy']:.2f}",
                 "bytes": f"{run['bytes']:,}",
                 "arena": f"{run['tflm']['dense_arena']:,}",
-                **_three_digits(file_ratios(run, runs["dense"])),
             }
-            npus[title] = {
-                **_three_digits(npu_ratios(run, runs["dense"])),
-                "ops on the CPU": str(_cpu_ops(run)),
-            }
-        lines += [*_markdown(files), *_markdown(npus)]
+            ratios[title] = _three_digits(file_ratios(run, runs["dense"]))
+            of_npus = _three_digits(npu_ratios(run, runs["dense"]))
+            for npu in dict.fromkeys(name.split()[0] for name in of_npus):
+                npus[f"{title} | {npu}"] = {
+                    "encoded weights": of_npus[f"{npu} weights"],
+                    "cycles": of_npus[f"{npu} cycles"],
+                    "NPU cycles": of_npus[f"{npu} NPU cycles"],
+                }
+        lines += [*_markdown(files), *_markdown(ratios), *_markdown(npus, "weights | NPU")]
     results.write_index(BENCHMARK, [*lines, *bars(stored)])
 
 
@@ -280,12 +285,12 @@ def _three_digits(ratios):
     return {name: f"{ratio:.3f}" for name, ratio in ratios.items()}
 
 
-def _markdown(rows):
+def _markdown(rows, titles="weights"):
     """Return the lines of a table with one row per variant of the weights."""
-    headings = ["weights", *next(iter(rows.values()))]
-    cells = [[title, *row.values()] for title, row in rows.items()]
-    rule = "|---|" + "---|" * (len(headings) - 1)
-    return ["", f"| {' | '.join(headings)} |", rule, *(f"| {' | '.join(row)} |" for row in cells)]
+    lines = [" | ".join([title, *row.values()]) for title, row in rows.items()]
+    heading = " | ".join([titles, *next(iter(rows.values()))])
+    rule = "|---|" + "---|" * heading.count("|")
+    return ["", f"| {heading} |", rule, *(f"| {line} |" for line in lines)]
 
 
 def bars(stored):

@@ -38,6 +38,7 @@ from tests import no_avx
 BENCHMARK = "tflite_grid"
 PATTERNS = ("unstructured", "1x4", "channel")
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
+TITLES = {"lenet": "LeNet-300-100", "vgg": "VGG", "resnet": "ResNet", "mobilenet": "MobileNet"}
 TARGETS = {"sparse": "host", "arm": "arm"}  # Files that keras_dst writes.
 RUNS, LOADS = 50, 9
 FREQUENCY = 10  # Masks are updated every 10 steps, because the training runs are short.
@@ -172,7 +173,7 @@ def table():
     stored = results.runs(BENCHMARK)
     for net in NETS:
         if net in stored:
-            lines += ["", f"## {net}", "", *_exported(stored[net])]
+            lines += ["", f"## {TITLES[net]}", "", *_exported(stored[net])]
             lines += ["", *_converted(stored[net])]
     results.write_index(BENCHMARK, lines)
 
@@ -212,7 +213,7 @@ def _exported(result) -> list[str]:
         [name, f"{sparsity:.1%}", f"{100 * accuracy:.1f}", *cells]
         for name, sparsity, accuracy, cells in rows
     ]
-    return _lines(["", "zeros", "accuracy", *(head for head, *_ in EXPORTED)], rows)
+    return _lines(["file", "zeros", "accuracy", *(head for head, *_ in EXPORTED)], rows)
 
 
 def _converted(result) -> list[str]:

@@ -154,7 +154,7 @@ def memory(method) -> float:
 
 def table():
     lines = [
-        "# Mask update",
+        "# Time and memory of a mask update",
         "",
         "The table below shows the cost of one mask update for a ResNet-50 with 25 million "
         "weights, on one core. RigL ranks each weight tensor separately, and the other methods "

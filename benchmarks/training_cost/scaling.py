@@ -51,8 +51,9 @@ AXES = {
     "layers": [Point(64, depth, 32) for depth in (10, 40, 200)],
     "batch": [Point(500, 4, batch) for batch in (1, 8, 64, 512)],
 }
-# Heading of the column that contains the varied quantity.
+# Heading of the column that contains the varied quantity, and title of its section.
 SIZES = {"parameters": "weights", "layers": "depth", "batch": "batch"}
+SECTIONS = {"parameters": "Number of weights", "layers": "Number of layers", "batch": "Batch size"}
 # Environment variables with which glibc keeps freed memory in the process.
 KEEP = {f"MALLOC_{what}_THRESHOLD_": str(1 << 40) for what in ("MMAP", "TRIM")}
 
@@ -182,12 +183,13 @@ def slope(sizes, values) -> float:
 
 def table():
     lines = [
-        "# Scaling",
+        "# Training time by size of the network",
         "",
         "The networks of this benchmark consist only of fully connected layers. All methods "
-        "prune 90 % of the weights. All times are measured on one core. The column of a method "
-        f"gives the step time relative to the dense network, as the median of {ROUNDS} rounds. "
-        "Each round measures every network once. The other columns give times in seconds. The mask "
+        "prune 90 % of the weights. All times are measured on one core. The first table of each "
+        "section gives the step time of each method relative to the dense network, as the median "
+        f"of {ROUNDS} rounds. Each round measures every network once. The second table gives times "
+        "of single function calls in seconds. The mask "
         "update (`update`) runs once every hundred training steps. `sparsify`, `strip`, `shrink` "
         "and the export with `export_tflite` run once per network. The export runs with "
         "`measure=False`, so that no latencies are measured. Each cost grows approximately as a "
@@ -201,19 +203,21 @@ def table():
             continue
         found = stored[backend]["axes"]
         for axis, rows in ((a, found[a]) for a in AXES if a in found):
-            names, timed = list(rows[0]["ratio_to_plain"]), list(rows[0]["seconds"])
             size = [row[SIZES[axis]] for row in rows]
-            lines += ["", f"## {axis}, {backend}", ""]
-            lines += [f"| {SIZES[axis]} | {' | '.join([*names, *timed])} |"]
-            lines += ["|---|" + "---|" * (len(names) + len(timed))]
-            for n, row in zip(size, rows):
-                cells = [f"{row['ratio_to_plain'][name]:.2f}" for name in names]
-                cells += [f"{row['seconds'][name]:.3g} s" for name in timed]
-                lines.append(f"| {n:,} | {' | '.join(cells)} |")
-            slopes = [slope(size, [row["ratio_to_plain"][n] for row in rows]) for n in names]
-            slopes += [slope(size, [row["seconds"][n] for row in rows]) for n in timed]
-            lines.append(f"| slope | {' | '.join(f'{s:.2f}' for s in slopes)} |")
+            lines += ["", f"## {SECTIONS[axis]}, {results.TITLES[backend]}"]
+            lines += _rows(SIZES[axis], size, [row["ratio_to_plain"] for row in rows], ".2f")
+            lines += _rows(SIZES[axis], size, [row["seconds"] for row in rows], ".3g", unit=" s")
     results.write_index(BENCHMARK, lines)
+
+
+def _rows(heading, sizes, costs, digits, unit="") -> list[str]:
+    """Return the lines of a table with a row per size, and with the slopes in the last row."""
+    lines = ["", f"| {heading} | {' | '.join(costs[0])} |", "|---|" + "---|" * len(costs[0])]
+    for size, cost in zip(sizes, costs):
+        cells = [f"{value:{digits}}{unit}" for value in cost.values()]
+        lines.append(f"| {size:,} | {' | '.join(cells)} |")
+    slopes = [f"{slope(sizes, [cost[name] for cost in costs]):.2f}" for name in costs[0]]
+    return [*lines, f"| slope | {' | '.join(slopes)} |"]
 
 
 def main():

@@ -204,7 +204,7 @@ def update_of(callback) -> dict | None:
 
 def table():
     lines = [
-        "# Step time",
+        "# Time of a training step",
         "",
         "The tables below show the time of a training step relative to the dense model "
         "(`plain`). The step time includes mask updates. The models are measured alternately on "

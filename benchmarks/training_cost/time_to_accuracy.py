@@ -114,7 +114,7 @@ def table():
         f"most {100 * apart:.1g} percentage points. `make bench-time-to-accuracy` writes this "
         "page from `results/time_to_accuracy/runs.jsonl`.",
         "",
-        "| | epochs | accuracy | operations | zeros skipped | seconds |",
+        "| method | epochs | accuracy | operations | zeros skipped | seconds |",
         "|---|---|---|---|---|---|",
     ]
     for method in ("dense", *METHODS):
