@@ -76,7 +76,8 @@ _NOISE = re.compile(r"\s*$|[IW]\d{4} |WARNING: All log messages before absl")
 
 
 class _Failure(Exception):
-    """Error in one of the three steps of a conversion: ``"load"``, ``"call"`` or ``"convert"``."""
+    """Error in a conversion. `step` is the step that failed: ``"load"``, ``"call"`` or
+    ``"convert"``."""
 
     def __init__(self, step: str, text: str):
         super().__init__(step, text)
@@ -104,8 +105,7 @@ def conversions(
             ``"dynamic"`` means int8 weights. ``"int8"`` means int8 weights and integer ops.
 
             ``"integer"`` is like ``"int8"``, but the inputs and outputs are also int8.
-        signature: Descriptions of the inputs that the files have. Defaults to all inputs of the
-            model.
+        signature: Descriptions of the inputs of the files. Defaults to all inputs of the model.
         samples: Samples on which the ranges of activations are measured, for ``"int8"`` and
             ``"integer"``.
 
@@ -180,7 +180,8 @@ def _import(module: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def _names_for_lambdas() -> Iterator[None]:
-    """Add `keras`, `np` and similar names to the builtins. Saved lambdas have no globals."""
+    """Add `keras`, `np` and similar names to the builtins, because a loaded lambda function has
+    lost the global names of its module."""
     names = {"keras": keras, "ops": keras.ops, "layers": keras.layers, "np": np, "numpy": np}
     added = {name: module for name, module in names.items() if not hasattr(builtins, name)}
     vars(builtins).update(added)
@@ -332,8 +333,8 @@ def _logs_to(stream: IO[str]) -> Iterator[None]:
     finally:
         for handler, own in zip(handlers, before):
             handler.setStream(own)
-        # A message that was logged inside the context may have added a handler to the root logger.
-        # Remove the added handler, because it writes to `stream`.
+        # If a message was logged inside the context, Python may have added a handler to the root
+        # logger. Remove this handler, because it writes to `stream`, which is closed afterwards.
         for new in logging.root.handlers[:]:
             if isinstance(new, logging.StreamHandler) and new.stream is stream:
                 logging.root.removeHandler(new)
@@ -372,9 +373,10 @@ def _conversion_error(failure: _Failure, layers: Collection[str]) -> ExportError
 
 
 def _unsupported_ops(output: str, layers: Collection[str]) -> list[str]:
-    """Return the unsupported ops that the converter's log lists, with their layers and types.
+    """Return one text for each unsupported op that the converter's log lists.
 
-    For each op, the text contains the path of the op and the innermost layer on the path.
+    The text contains the name of the op and, if the log contains them, its path, its layer and its
+    data types.
     """
     found: dict[str, str] = {}
     for line in output.splitlines():

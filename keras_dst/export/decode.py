@@ -46,7 +46,8 @@ def value_error_if_damaged(name: str) -> Iterator[None]:
 
 
 def _walk(model: schema.ModelT) -> None:
-    """Read all constants, op names and tensors, so that a missing part raises an exception."""
+    """Read all constants, op names and tensors of a model, so that a damaged file raises an
+    exception."""
     for graph in model.subgraphs:
         for tensor in graph.tensors:
             values(model, tensor)
@@ -81,14 +82,17 @@ def values(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
     """Return the dense array of a sparse tensor in any encoding of TensorFlow Lite.
 
-    The encoding lists the axes of the tensor, followed by the axes inside a block. `traversalOrder`
-    gives the order in which the axes are nested. An axis is stored either dense or sparse. For a
-    sparse axis, the indices of the nonempty entries are stored, as in CSR.
+    The encoding describes each axis of the tensor, followed by each axis inside a block. The field
+    `traversalOrder` lists these axes from the outermost to the innermost. Each axis is encoded as
+    dense or as sparse. For a sparse axis, the file stores the indices of the nonempty entries, as
+    in CSR.
     """
     sparsity, rank = tensor.sparsity, len(shape(tensor))
-    # Position of each entry of the tensor in the array of stored values.
+    # Position of each stored entry along the axes that the loop has read. After the last axis, the
+    # positions are indices into `entries`.
     positions = np.zeros(1, np.int64)
-    # One array for each axis that was read, with the index of each entry along the axis.
+    # For each axis that the loop has read, one array with the index of each stored entry along the
+    # axis.
     found: list[np.ndarray] = []
     for axis in sparsity.dimMetadata:
         if axis.format == schema.DimensionType.DENSE:
@@ -132,7 +136,7 @@ def encoding(tensor: schema.TensorT) -> str:
     """Return the encoding of a constant, such as ``"dense"``, ``"csr"``, ``"1x4"`` or ``"sparse"``.
 
     CSR stores single nonzero values along the last axis. 1xN stores blocks of N consecutive values
-    along the last axis. ``"sparse"`` stands for all other sparse encodings.
+    along the last axis. The name ``"sparse"`` is returned for every other sparse encoding.
     """
     if tensor.sparsity is None:
         return "dense"

@@ -31,12 +31,12 @@ from keras_dst.export.flatbuffer import (
 #: Ops whose weights can be stored sparse. FULLY_CONNECTED can read a sparse weight directly. All
 #: other ops need a DENSIFY op that unpacks the weight.
 WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"})
-#: Index of the weight among the inputs of the ops in `WEIGHT_OPS`.
+#: Index of the input that holds the weight, for all ops in `WEIGHT_OPS`.
 WEIGHT_SLOT = 1
 
-# Version of FULLY_CONNECTED that XNNPACK leaves to the builtin kernel, which supports sparse
-# weights. XNNPACK runs every other version of the op, and reads a sparse weight as if the weight
-# were dense. XNNPACK also refuses int8 weights that a DENSIFY op unpacks.
+# XNNPACK does not run this version of FULLY_CONNECTED. LiteRT's builtin kernel runs it instead, and
+# reads sparse weights correctly. XNNPACK runs all other versions, but misreads a sparse weight as a
+# dense weight, and refuses int8 weights that a DENSIFY op unpacks.
 SPARSE_FULLY_CONNECTED_VERSION = 8
 
 _NUMPY = {
@@ -48,13 +48,14 @@ _NUMPY = {
 
 @dataclass(frozen=True)
 class Format:
-    """Storage format of a weight tensor, and how ops read the weight.
+    """Description of how a file stores a weight tensor, and of how ops read the weight.
 
     Attributes:
         block: Number of consecutive values along the last axis that form a block. Only blocks with
-            nonzero values are stored. A block size of 1 means CSR, and 0 means dense storage.
+            nonzero values are stored. With a block size of 1, the weight is stored in CSR. With 0,
+            the weight is stored dense.
         unpack: Whether DENSIFY and DEQUANTIZE ops compute a dense float weight once, when the file
-            is loaded. False means that ops read the stored weight directly.
+            is loaded. If False, ops read the stored sparse or int8 values directly.
         int8: Whether the values are quantized to int8. Defaults to False.
         im2col: Whether CONV_2D is replaced by FULLY_CONNECTED, the only op that reads a sparse
             weight directly. Defaults to False.
@@ -73,7 +74,8 @@ class Format:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A buffer with constant values, the tensors that use the buffer, and the ops that read them.
+    """Constant in a file: a buffer with values, the tensors that use the buffer, and the ops that
+    read the tensors.
 
     ``readers`` lists a pair ``(op name, index of the input)`` for each op that reads one of the
     tensors. If a tensor is an output of the graph, ``readers`` also contains the pair ``("OUTPUT",
@@ -92,7 +94,7 @@ class Weight:
 
     @property
     def op(self) -> str:
-        """Name of the first op that reads the constant, or ``"none"`` if no op reads it."""
+        """Name of the first op that reads the weight, or ``"none"`` if no op reads the weight."""
         return self.readers[0][0] if self.readers else "none"
 
     @property
@@ -130,8 +132,8 @@ def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np.ndarray]:
     """Compress ``values`` along the last axis, in blocks of ``block`` values.
 
-    Blocks of zeros are not stored. All axes except the last are encoded as dense axes. Return the
-    encoding, and the stored values as a vector.
+    Blocks of zeros are not stored. Return the `SparsityParameters` that describe the encoding in
+    the file, and the stored values as a vector.
     """
     *outer, width = values.shape
     if width % block:
@@ -162,12 +164,12 @@ def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
 
     Args:
         content: Bytes of a ``.tflite`` file whose weights are all dense.
-        formats: Dict from the buffer index of a weight (`Weight.buffer`) to its new format. All
-            other weights keep their format.
+        formats: Dict from the buffer index of a weight (`Weight.buffer`) to its new format. Weights
+            that are not in the dict keep their format.
 
     Raises:
-        ValueError: If the runtime would misread a weight. For example, the runtime misreads a
-            sparse weight that an op other than FULLY_CONNECTED reads directly.
+        ValueError: If the runtime would misread a weight in its new format, for example a sparse
+            weight that a CONV_2D op reads directly.
 
     Example:
         >>> content = encode(content, {w.buffer: Format(1, True) for w in weights(read(content))})
@@ -181,7 +183,7 @@ def with_positive_zeros(content: bytes) -> bytes:
     """Return a dense ``.tflite`` file in which every -0 of a float weight is +0.
 
     The converter multiplies kernels by the scales of batch normalizations. The product of a pruned
-    weight and a negative scale is -0. A file with both 0 and -0 compresses badly.
+    weight and a negative scale is -0. gzip compresses a file with both 0 and -0 badly.
     """
     model, changed = read(content), False
     for weight in weights(model):
@@ -194,10 +196,11 @@ def with_positive_zeros(content: bytes) -> bytes:
 
 
 def encode_dense(content: bytes, formats: Mapping[int, Format]) -> bytes:
-    """Return a dense file that must compute the same outputs as the sparse file from `encode`.
+    """Return a dense file whose outputs must agree with the outputs of the sparse file from
+    `encode`.
 
-    A quantized weight is stored as the float32 values that its integers stand for. If an op reads
-    the integers directly, the weight is stored as dense integers.
+    Weights that `encode` quantizes are rounded to the same int8 values. The dense file stores these
+    values as float32, or as int8 if ops read the int8 values directly.
     """
     model = read(content)
     rounded = {buffer: format for buffer, format in formats.items() if format.int8}
@@ -246,7 +249,7 @@ def scale_axis(weight: Weight) -> int:
 def _rewire_readers(
     model: schema.ModelT, graph: schema.SubGraphT, changed: dict[int, tuple[Weight, Format]]
 ) -> None:
-    """Connect all ops that read a changed weight to its new tensor, or to an unpacked copy."""
+    """Adapt all ops that read a weight whose format has changed."""
     operators: list[schema.OperatorT] = []
     unpacked: dict[int, int] = {}
     version = SPARSE_FULLY_CONNECTED_VERSION
@@ -278,7 +281,7 @@ def _check_reader(
 ) -> None:
     if op_name(model, op) != wanted or slot != WEIGHT_SLOT:
         raise ValueError(
-            f"Expected the weight of a {wanted} op for the format {str(format)!r}. "
+            f"Expected the format {str(format)!r} only for the weight of a {wanted} op. "
             f"Received: input {slot} of {op_name(model, op)}. Fix: use a format with unpack=True."
         )
 
@@ -286,7 +289,7 @@ def _check_reader(
 def _unpack(
     model: schema.ModelT, graph: schema.SubGraphT, index: int, format: Format
 ) -> tuple[list[schema.OperatorT], int]:
-    """Return the ops that unpack a stored weight, and the index of the unpacked tensor."""
+    """Return new ops that unpack a weight, and the index of the tensor with the unpacked weight."""
     ops = []
     if format.block:
         dense = _computed_copy(graph.tensors[index], "dense")

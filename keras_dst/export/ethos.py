@@ -136,8 +136,8 @@ def _reasons(log: str) -> dict[str, str]:
 def with_dense_weights(content: bytes) -> bytes:
     """Replace the int8 weights of a file by seeded random values without zeros.
 
-    The random values are drawn from a normal distribution. In each channel, the largest magnitude
-    is 127, as in a quantized model.
+    The random values are drawn from a normal distribution. The values of each channel are scaled so
+    that the largest magnitude is 127, as in a quantized model.
     """
     model, rng = read(content), np.random.default_rng(_SEED)
     for weight in weights(model):

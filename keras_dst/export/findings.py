@@ -34,12 +34,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class LintReport:
-    """Findings of `lint` in one file or model. `str()` lists the findings, errors first.
+    """Findings of `lint` in one file or model. `str()` returns the findings as text, with errors
+    before advice.
 
     Attributes:
         name: Name of the file or of the model.
         sparse_inference: Whether XNNPACK runs the model with sparse kernels on CPUs without AVX.
-        reason: Text that says how many ops run with sparse kernels, or why no op does.
+        reason: Text that says how many ops run with sparse kernels, or why no op runs with sparse
+            kernels.
         findings: All findings. Errors come before advice.
         target: ``"micro"`` or the Ethos-U NPU for which the file was checked, or None for CPUs. For
             microcontrollers and NPUs, the report says nothing about XNNPACK.

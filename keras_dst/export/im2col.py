@@ -1,9 +1,9 @@
 """Replace CONV_2D by slices of its input and one FULLY_CONNECTED op (im2col).
 
-FULLY_CONNECTED can read a sparse weight directly, and CONV_2D cannot. The padded input is sliced
-once for each position in the kernel, and the slices are concatenated along the channels. At each
-output pixel, the concatenated slices hold the input values by which the kernel is multiplied. A 1x1
-kernel with stride 1 needs no slices.
+FULLY_CONNECTED can read a sparse weight directly, and CONV_2D cannot. For a 3x3 kernel, for
+example, nine STRIDED_SLICE ops cut nine shifted images out of the padded input. The images are
+concatenated along the channels. Each pixel of the result then contains all input values from which
+the convolution computes one output pixel. A 1x1 kernel with stride 1 needs no slices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _FULL_BATCH_AND_CHANNELS = 0b1001
 
 
 def is_applicable(graph: schema.SubGraphT, op: schema.OperatorT, kernel: Sequence[int]) -> bool:
-    """Return whether a CONV_2D has only one group and an input of known height and width."""
+    """Return whether a CONV_2D can be replaced. The op must have only one group, and an input of
+    known height and width."""
     tensor = graph.tensors[op.inputs[0]]
     signature = tensor.shapeSignature
     sizes = tensor.shape if signature is None or not len(signature) else signature

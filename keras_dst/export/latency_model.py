@@ -2,8 +2,8 @@
 
 The latency model sums estimates of single ops on one thread. The constants of the latency model, in
 nanoseconds, were measured for single ops on an x86 CPU of 2023 and rounded. The constants for CPUs
-without AVX were measured on the same CPU with AVX disabled, as a proxy for ARM. The constants for
-overheads and copies were not measured but guessed.
+without AVX were measured on the same CPU with AVX disabled, as a proxy for ARM. The overheads per
+inference and per op, and the time to copy a value, are guesses, not measurements.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ class Cpu:
 
     Attributes:
         vector: Nanoseconds per weight, in a dense FULLY_CONNECTED op with one input row.
-        matrix: Nanoseconds per multiplication, in a dense op with many input rows.
-        direct: Nanoseconds per stored value and input row, in FULLY_CONNECTED with a sparse weight.
-            The dict maps each encoding to a pair: the time with one input row, and the time with
-            many input rows.
-        row: Nanoseconds in addition to ``direct``, for each pair of a row of the sparse weight and
-            an input row.
+        matrix: Nanoseconds per multiplication, in a dense op with many input rows, such as a
+            convolution.
+        direct: Nanoseconds per stored value and input row, in a FULLY_CONNECTED op that reads a
+            sparse weight directly. The dict maps each encoding to two numbers: the time with one
+            input row, and the time with many input rows.
+        row: Nanoseconds per output value, in addition to ``direct``, in a FULLY_CONNECTED op that
+            reads a sparse weight directly.
         copy: Nanoseconds per value that PAD, STRIDED_SLICE or CONCATENATION writes.
         sparse: Nanoseconds per multiplication by a nonzero weight in XNNPACK's sparse convolution.
-            The value is None if XNNPACK does not use its sparse convolution on the CPU.
+            None for a CPU on which XNNPACK does not use its sparse convolution.
     """
 
     vector: float
@@ -78,7 +79,8 @@ def this_cpu() -> str:
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Function that estimates, for each file, the seconds that one inference takes on a CPU.
+    """Function that receives the contents of files, and estimates the seconds per inference of each
+    file.
 
     Attributes:
         cpu: Latency constants of the CPU.

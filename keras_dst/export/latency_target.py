@@ -29,7 +29,8 @@ class LatencySearch:
     Attributes:
         sparsity: Fraction of the FLOPs to prune.
         latency_ratio: Measured latency ratio at `sparsity`, relative to the dense model.
-        measured: Measured latency ratios, as a dict by sparsity in FLOPs.
+        measured: Dict that maps each measured sparsity, as a fraction of FLOPs, to its latency
+            ratio.
         source: Sentence that says how the latencies were measured: runtime, CPU, threads.
     """
 
@@ -40,8 +41,8 @@ class LatencySearch:
 
     def __str__(self) -> str:
         return (
-            f"Without {self.sparsity:.1%} of its FLOPs, the model has {self.latency_ratio:.2f} of "
-            f"its latency. {self.source}"
+            f"Without {self.sparsity:.1%} of its FLOPs, the model takes {self.latency_ratio:.2f} "
+            f"times the latency of the dense model. {self.source}"
         )
 
 
@@ -60,9 +61,9 @@ def sparsity_at_latency(
     Latency depends on the number of channels of the layers, not on the values of the weights. The
     search can therefore run before training. The search prunes channels of copies of the model by
     magnitude and exports the smaller models. The latencies of the smaller models and of the dense
-    model are measured in LiteRT on the current CPU. The returned sparsity is a fraction of FLOPs. A
-    training run with the returned sparsity measures no latency. The masks therefore do not depend
-    on the speed of the machine.
+    model are measured in LiteRT on the current CPU. The returned sparsity is a fraction of FLOPs.
+    Training with the returned sparsity does not measure latencies. The trained masks therefore do
+    not depend on the speed of the machine.
 
     Args:
         model: Built Sequential or Functional model without sparse layers. The model is not changed.
@@ -116,7 +117,7 @@ def sparsity_at_latency(
     method(0.5)  # Check the arguments before the conversion, which takes seconds.
     (dense,) = conversions(model, ["float32"])
     measured: dict[float, float] = {}
-    # Lower and upper bound of the searched sparsity, each with its latency ratio.
+    # Lower and upper bound of the sparsity. Each bound is a pair: a sparsity and its latency ratio.
     low, high = (0.0, 1.0), (1.0, 0.0)
     while len(measured) < _MAX_FILES:
         share = (low[1] - latency_ratio) / (low[1] - high[1])

@@ -14,20 +14,20 @@ from keras_dst.export.tflite import check_exportable, check_installed, check_opt
 def lint(
     model: keras.Model | str | os.PathLike[str] | bytes, target: str | None = None
 ) -> LintReport:
-    """Find the parts of a ``.tflite`` file that are wrong, slow or large, without running the file.
+    """Find parts of a ``.tflite`` file that cause wrong results, low speed or a large size.
 
-    The ``.tflite`` file can come from any converter. On ARM, and on every other CPU without AVX,
-    XNNPACK has fast sparse kernels for 1x1 convolutions. XNNPACK uses its sparse kernels only if
-    all ops around the convolutions support NCHW layout. The report says whether XNNPACK uses the
-    sparse kernels, and names the ops that prevent their use.
+    The ``.tflite`` file can come from any converter, and is not run. On ARM, and on every other CPU
+    without AVX, XNNPACK has fast sparse kernels for 1x1 convolutions. XNNPACK uses its sparse
+    kernels only if all ops around the convolutions support NCHW layout. The report says whether
+    XNNPACK uses the sparse kernels, and names the ops that prevent their use.
 
     Args:
         model: A ``.tflite`` file, as a path or as bytes. A built Keras 3 model is first converted
             to the file that `export_tflite` would write. For a target other than CPUs, the
             converted file is quantized to int8 and calibrated on random samples.
         target: ``"micro"`` for TensorFlow Lite for Microcontrollers, or an Ethos-U NPU that Vela
-            supports, such as ``"ethos-u55-128"``. Defaults to None, which applies the rules for
-            CPUs.
+            supports, such as ``"ethos-u55-128"``. Defaults to None, which means that the file is
+            for CPUs.
 
     Returns:
         A `LintReport`.

@@ -27,7 +27,7 @@ class Timing:
     Attributes:
         name: Name of the file.
         bytes: Size of the file.
-        load: Seconds to create the interpreter and allocate its tensors.
+        load: Seconds to load the file, which includes the allocation of all tensors.
         latency: Median seconds per inference.
         spread: Interquartile range of the seconds per inference.
         ratio: Latency of the file divided by the latency of the first file.
@@ -168,9 +168,9 @@ def loads_and_latencies(
 def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
     """Yield the seconds of one inference for each file, in endless timing rounds.
 
-    In each timing round, every file runs twice. The first run loads the weights into the CPU caches
-    and is not timed. The second run is timed alone, because other work on the machine rarely
-    disturbs a measurement of a single inference.
+    Each timing round runs every file twice, and times only the second run. The first run loads the
+    weights into the CPU caches. Each timed interval contains a single inference, because other work
+    on the machine rarely disturbs such a short interval.
     """
     while True:
         times = []

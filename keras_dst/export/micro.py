@@ -4,15 +4,15 @@ TensorFlow Lite for Microcontrollers (TFLM) decodes compressed constants with th
 ``TFLM_DECODE``. In the pruning format of ``TFLM_DECODE``, a weight tensor is stored as two
 constants:
 
-* The first constant is a bitmap with one bit per entry of the weight. A bit is 1 if the entry is
-  kept. The most significant bit of a byte comes first.
-* The second constant is a header of 16 bytes, followed by the kept entries in order. Byte 0 of the
-  header is the decode type, 2 for pruning. Bytes 1 and 4 are the versions of the header and of the
-  pruning format, both 1.
+* The first constant is a bitmap with one bit per entry of the weight tensor. A bit is 1 if the
+  entry is nonzero. The most significant bit of a byte comes first.
+* The second constant is a header of 16 bytes, followed by the nonzero entries of the weight tensor
+  in order. Byte 0 of the header is the decode type, 2 for pruning. Bytes 1 and 4 are the versions
+  of the header and of the pruning format, both 1.
 
-TFLM writes the decoded weight into the arena, from which other ops read it. An encoded file is
-smaller than the dense file, but needs a larger arena. Because weights are decoded during inference,
-the format does not make inference faster.
+TFLM writes the decoded weight into its memory arena, from which other ops read the weight. An
+encoded file is smaller than the dense file, but needs a larger arena. Because weights are decoded
+during inference, the format does not make inference faster.
 
 Source: ``kernels/decode_state_prune.cc`` in the repository of TFLM.
 """
@@ -59,7 +59,8 @@ _OP_NAMES = """
 OPS = frozenset(_OP_NAMES.split())
 _WORKER = Path(__file__).with_name("micro_worker.py")
 _PRUNING_HEADER = np.array([2, 1, 0, 0, 1, *[0] * 11], np.uint8)
-# Extra bytes in the arena, beyond the estimated size of all tensors.
+# Number of bytes that the memory arena of TFLM has in addition to the estimated size of all
+# tensors.
 _SPARE_ARENA = 1 << 24
 
 
@@ -128,7 +129,8 @@ def unsupported_ops(
 
     Returns:
         A list with one triple per op: the op's name, the name of its first output, and a text such
-        as ``"in layer 'dense'"``. If the layer is unknown, the text is empty.
+        as ``"in layer 'dense'"``. The text is empty if the Keras layer that contains the op is
+        unknown.
     """
     found = []
     for graph in model.subgraphs:
@@ -141,19 +143,19 @@ def unsupported_ops(
 
 
 def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str]) -> str:
-    """Return a text that names the layer of an op, or the last layer before an op outside all
-    layers.
+    """Return a text that names the Keras layer of an op, or the last layer before the op.
 
-    The path of an op contains no layer name if the op is outside all layers, or if it computes a
-    model output.
+    For an op that is outside all layers or computes a model output, the file contains no layer
+    name.
 
     Args:
         graph: The graph of the file.
         op: An op of the graph.
-        names: Names of layers.
+        names: Names of the layers of the Keras model.
 
     Returns:
-        Text such as ``"in layer 'dense'"``, or "" if no path contains a name in ``names``.
+        Text such as ``"in layer 'dense'"`` or ``"after layer 'dense'"``. The text is empty if the
+        op has no layer, and no layer before the op is found.
     """
     producers = {index: other for other in graph.operators for index in indices(other.outputs)}
     word, tensors = "in", indices(op.outputs)
@@ -205,7 +207,8 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
         arrays["outputs"] = np.array(len(graph.outputs))
         np.savez(folder / "inputs.npz", allow_pickle=False, **arrays)
         paths = [str(folder / name) for name in ("model.tflite", "inputs.npz", "outputs.npz")]
-        # Without Python's option -P, modules next to the worker would hide standard modules.
+        # Without the option -P, Python would import modules from the folder of the worker script in
+        # place of standard modules with the same name.
         command = [sys.executable, "-P", str(_WORKER), *paths, str(_arena_limit(model))]
         done = subprocess.run(command, capture_output=True, text=True)
         log = done.stdout + done.stderr
@@ -252,7 +255,7 @@ def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroR
 def quantized_inputs(content: bytes, samples: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Convert samples to arrays with the shapes and types of a file's inputs.
 
-    Each row of an array is the input of one run.
+    The first axis of each returned array is the axis of the runs: `array[i]` is the input of run i.
 
     Args:
         content: Bytes of the file. Samples that do not fill the last batch of the file are left
@@ -269,7 +272,8 @@ def quantized_inputs(content: bytes, samples: dict[str, np.ndarray]) -> list[np.
     for index in graph.inputs:
         tensor = graph.tensors[index]
         array = samples[names[int(index)]]
-        if array.shape[1:] != tuple(tensor.shape[1:]):  # The file stores unknown sizes as 1.
+        # A `.tflite` file stores an unknown size of a tensor as 1.
+        if array.shape[1:] != tuple(tensor.shape[1:]):
             raise ExportError(
                 "Expected fixed input shapes, which TFLM needs. Received: an input "
                 f"{names[int(index)]!r} whose shape is not fixed. Fix: build the model with the "
@@ -309,14 +313,15 @@ def _unfit_reason(weight: Weight) -> str:
 
 
 def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the constants of a weight: the bitmap, and the header with the kept entries."""
+    """Return the two constants that store a weight: the bitmap, and the header followed by the
+    nonzero entries."""
     flat = values.reshape(-1)
     kept = flat != 0
     return np.packbits(kept), np.concatenate([_PRUNING_HEADER, flat[kept].view(np.uint8)])
 
 
 def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
-    """Return a file in which the weights in some buffers are stored without their zeros.
+    """Return a copy of a file that stores the weights in the given buffers without zeros.
 
     The function also removes what TFLM does not need: metadata, the scales of biases, and all zero
     points of a weight except the first.
@@ -332,7 +337,8 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
             tensor.name = text(tensor.name).split(";")[0]
             if tensor.buffer in found:
                 encoded[index] = _add_constants(model, graph, found[tensor.buffer].values)
-                # Use the empty buffer 0, because the DECODE op computes the tensor.
+                # The DECODE op computes the tensor, so the tensor refers to buffer 0, which is
+                # always empty.
                 tensor.buffer = 0
             elif tensor.type == schema.TensorType.INT32:
                 tensor.quantization = None  # TFLM computes the scales of biases itself.
@@ -347,8 +353,8 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
 
 
 def _shorten_zero_points(quantization: schema.QuantizationParametersT | None) -> None:
-    """Keep a single zero point if the zero points of all channels are equal. TFLM uses a single
-    zero point for all channels."""
+    """Store a single zero point for a weight if the zero points of all its channels are equal. TFLM
+    reads only one zero point per weight."""
     points = None if quantization is None else quantization.zeroPoint
     if quantization is not None and points is not None and len(np.unique(points)) == 1:
         quantization.zeroPoint = points[:1]
@@ -365,7 +371,8 @@ def _decode_op_code(model: schema.ModelT) -> int:
 def _add_constants(
     model: schema.ModelT, graph: schema.SubGraphT, values: np.ndarray
 ) -> tuple[int, int]:
-    """Add the two constants that store a weight without zeros, and return their tensor indices."""
+    """Add the bitmap and the nonzero entries of a weight to the graph as two constants, and return
+    the tensor indices of both constants."""
     places = []
     for data in _pruned(values):
         buffer, constant = schema.BufferT(), schema.TensorT()
@@ -384,18 +391,18 @@ def _decoded_reads(
     free: set[int],
     code: int,
 ) -> list[schema.OperatorT]:
-    """Return the ops that decode the weights of one op, followed by the op itself.
+    """Return an op, preceded by a DECODE op if the given op reads weights that must be decoded.
 
-    TFLM keeps a decoded tensor only until the next op has run. A weight that several ops read is
-    therefore decoded once per op, each time into a separate tensor.
+    TFLM keeps a decoded weight only until the next op has run. If several ops read a weight, the
+    weight is therefore decoded once per op, each time into a separate tensor.
 
     Args:
         graph: The graph. The function adds tensors to the graph.
         op: An op of the graph.
         encoded: Dict from the tensor index of a weight to the indices of two tensors, which contain
             the bitmap and the nonzero values of the weight.
-        free: Tensor indices of the weights that are not decoded yet. When a weight is decoded for
-            the first time, its index is removed from the set.
+        free: Tensor indices of the weights that no DECODE op computes yet. The function removes the
+            weights that the given op reads from this set.
         code: Op code index of TFLM_DECODE.
     """
     reads = dict.fromkeys(index for index in indices(op.inputs) if index in encoded)

@@ -27,7 +27,7 @@ def layer_at(path: str, names: Collection[str]) -> str:
         names: Names of all layers.
 
     Returns:
-        The name of the layer, or "" if no part of the path is in ``names``.
+        The name of the layer, or an empty string if the path contains no layer name.
     """
     for part in reversed(path.split(";")[0].split("/")[:-1]):
         for name in (re.sub(r"_\d+$", "", part), part):

@@ -63,14 +63,13 @@ from keras_dst.export.verify import (
     predictor,
 )
 
-#: Default tolerance of the difference from the Keras model, for each value of `quantize`.
+#: Default of the argument `tolerance` for each value of the argument `quantize`.
 TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.3}
-#: Largest accepted difference between the exported file and a dense file with the same quantized
-#: weights.
+#: Largest accepted difference between the outputs of the exported file and of a dense file with the
+#: same quantized weights.
 _EXACT = 1e-4
-#: Largest accepted difference between the sparse and the dense file if the runtime also quantizes
-#: the inputs of ops. The kernels for sparse and dense weights round the quantized inputs
-#: differently.
+#: Used in place of `_EXACT` if the runtime also quantizes the inputs of ops. The kernels for sparse
+#: and for dense weights round these inputs differently.
 _INEXACT = 5e-2
 
 
@@ -117,7 +116,7 @@ class _Data:
     """Samples and labels that the user passed to an export, as arrays.
 
     Attributes:
-        signature: Descriptions of the inputs that the file has.
+        signature: Descriptions of the inputs of the exported file.
         samples: Samples on which the file is compared with the model.
         calibration: Samples on which the converter measures the ranges of activations. None without
             full quantization.
@@ -134,7 +133,8 @@ class _Data:
 def export(
     model: keras.Model, path: Path, settings: Settings, progress: Callable[[str], None]
 ) -> ExportReport:
-    """Export a model. All arguments except samples and labels have already been checked."""
+    """Export a model. The caller has already checked all arguments except the samples and
+    labels."""
     data = _read_data(model, settings)
     progress("converting")
     full = settings.quantize == "full"
@@ -161,11 +161,12 @@ def export(
         check_ops(base, layer_names(model))
         content, tensors, micro = _encode_for_micro(base, data, progress)
     progress("measuring")
-    # For an NPU, the dense int8 file is the exported file.
+    # For an NPU, the exported file is the dense int8 file, so the dense int8 file is not listed
+    # twice.
     others = [files["float32"]] if settings.npu else list(files.values())
     compared = _compare(model, others if settings.micro else [*others, content], data, settings)
-    # LiteRT cannot run a file for TFLM. The report therefore contains the accuracy of the dense
-    # int8 file, whose outputs are equal to the outputs of the exported file.
+    # LiteRT cannot run a file for TFLM, so the accuracy of the exported file cannot be measured.
+    # The report contains the accuracy of the dense int8 file, which computes the same outputs.
     if settings.micro:
         sizes = (len(content), gzip_bytes(content))
         compared.append(
@@ -215,9 +216,9 @@ def _encode_for_micro(
 def _rounded_to_zero(floats: bytes, integers: bytes) -> tuple[int, list[str]]:
     """Return the number of nonzero weights of a float file that are zero in the int8 file.
 
-    The converter may rename weight tensors. Each int8 weight is therefore matched by its values to
-    a weight of the float file. The second return value lists the names of the int8 weights that
-    match no float weight.
+    The converter may rename weight tensors. The function therefore compares values to find the
+    float tensor of each int8 tensor. The second return value lists the names of the int8 tensors
+    for which no float tensor was found.
     """
     originals = [weight.values for weight in encode.weights(read(floats))]
     count, unmatched = 0, []
@@ -243,7 +244,7 @@ def _agree(values: np.ndarray, others: np.ndarray, limit: np.ndarray) -> bool:
 
 
 def _dense_plan(content: bytes) -> Plan:
-    """Return a plan that stores every weight tensor of an int8 file in dense format."""
+    """Return a `Plan` in which every weight tensor of an int8 file stays dense."""
     reason = "an NPU needs dense weights, which Vela compresses"
     found = encode.weights(read(content))
     return Plan([Choice(weight, None, weight.values.nbytes, reason) for weight in found], content)
@@ -255,7 +256,8 @@ def _compile(
     """Compile a file with Vela if the target is an NPU and Vela is installed.
 
     Returns:
-        The compiled file and Vela's report, or ``(b"", None)`` if Vela did not run.
+        A pair of the compiled file and Vela's report. The pair is ``(b"", None)`` if Vela did not
+        run.
     """
     if not settings.npu or vela_version() is None:
         return b"", None
@@ -303,7 +305,7 @@ def _check_convertible(model: keras.Model, signature: Signature, quantize: str |
     if strings and quantize == "full":
         raise ExportError(
             f"Expected numeric inputs for quantize='full'. Received: string inputs {strings}, "
-            "which have no range of values. Fix: use quantize='weights'."
+            "which cannot be quantized. Fix: use quantize='weights'."
         )
     loops = [
         layer.name
@@ -314,7 +316,7 @@ def _check_convertible(model: keras.Model, signature: Signature, quantize: str |
         raise ExportError(
             "Expected recurrent layers with unroll=True for quantize='full'. Received: the layers "
             f"{loops}, which run a loop that TensorFlow's converter cannot calibrate. Fix: build "
-            "them with unroll=True, or use quantize='weights'."
+            "these layers with unroll=True, or use quantize='weights'."
         )
     inputs = getattr(model, "inputs", None) or []
     ragged = [tensor.name for tensor in inputs if getattr(tensor, "ragged", False)]
@@ -328,7 +330,8 @@ def _check_convertible(model: keras.Model, signature: Signature, quantize: str |
 def _compare(
     model: keras.Model, files: list[bytes], data: _Data, settings: Settings
 ) -> list[FileReport]:
-    """Return one report per file. `files` holds the dense files, followed by the exported file."""
+    """Return one `FileReport` per file. `files` lists the dense files first, and the exported file
+    last."""
     at = {"threads": settings.threads, "batch": settings.batch}
     nothing: Sequence[None] = [None] * len(files)
     loads: Sequence[float | None] = nothing
@@ -380,7 +383,8 @@ def _check_classes(outputs: Sequence | None) -> None:
 def _find_fault(
     found: Deviation, base: bytes, plan: Plan, cases: list[Case], settings: Settings
 ) -> Deviation | None:
-    """Return a deviation that exceeds its tolerance, or None if all deviations are accepted."""
+    """Return a `Deviation` of the file's outputs that is too large, or None if all outputs are
+    accurate."""
     if found.error > settings.tolerance:
         return found
     if settings.quantize:
@@ -395,7 +399,8 @@ def _find_fault(
 def _explain_fault(
     base: bytes, choices: list[Choice], cases: list[Case], settings: Settings
 ) -> str:
-    """Say whether a wrong result was caused by the dense conversion or by sparse weights."""
+    """Return a text that says whether the dense conversion or sparse weights caused a wrong
+    result."""
     plain = deviation(base, cases)
     if plain.error > settings.tolerance:
         return (

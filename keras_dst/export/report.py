@@ -1,4 +1,4 @@
-"""Report of an export, and the error that an export raises."""
+"""`ExportReport`, the result of an export, and `ExportError`, which a failed export raises."""
 
 from __future__ import annotations
 

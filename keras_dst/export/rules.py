@@ -1,8 +1,8 @@
 """Rules of `lint`. Each rule checks one graph of a file and yields its findings.
 
 The rules are based on measurements with LiteRT 2.3 and on the source code of XNNPACK. A finding has
-the level "error" if LiteRT computed wrong results or refused the file in these measurements. If
-LiteRT computes wrong results, it usually shows no error message.
+the level "error" if LiteRT computes wrong results or refuses the file. LiteRT usually shows no
+error message when it computes wrong results.
 """
 
 from __future__ import annotations
@@ -292,7 +292,8 @@ def _misread(model, graph, nodes: list[Node], node: Node) -> Finding:
 
 
 def _obstacles(nodes: list[Node]) -> Iterator[tuple[Node, str, str]]:
-    """Yield each op that prevents sparse inference, a text about the problem, and a fix."""
+    """For each op that prevents sparse inference, yield the op, a description of the problem, and a
+    fix."""
     entries = [node for node in nodes if node.role == Role.ENTRY]
     if not entries:
         first = next((node for node in nodes if node.kind == "CONV_2D"), nodes[0])
@@ -342,15 +343,16 @@ def _sparse_reads(model, graph) -> Iterator[tuple]:
 
 
 def _direct(model, graph) -> Iterator[tuple]:
-    """Yield (op, input, weight) for each FULLY_CONNECTED op that reads a sparse weight."""
+    """For each FULLY_CONNECTED op that reads a sparse weight directly, yield the op, its input
+    tensor and its weight tensor."""
     for op, kind, slot, tensor in _sparse_reads(model, graph):
         if kind == "FULLY_CONNECTED" and slot == WEIGHT_SLOT:
             yield op, graph.tensors[op.inputs[0]], tensor
 
 
 def _outputs(model, graph, kind: str) -> dict[int, int]:
-    """Return a dict that maps each op's output index to its first input index, for all ops of a
-    kind."""
+    """For all ops of one kind, return a dict that maps the index of the output tensor to the index
+    of the first input tensor."""
     made = (op for op in graph.operators if op_name(model, op) == kind)
     return {int(op.outputs[0]): int(op.inputs[0]) for op in made}
 
@@ -370,7 +372,8 @@ def _density(weight: np.ndarray) -> float:
 
 
 def _faster_format(model, tensor) -> Format | None:
-    """Return a format with which FULLY_CONNECTED is faster than with the dense weight, or None."""
+    """Return a storage format with which FULLY_CONNECTED is faster than with the dense weight, or
+    None if no format is faster."""
     weight = _matrix(model, tensor)
     if weight is None:
         return None

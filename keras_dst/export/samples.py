@@ -37,7 +37,8 @@ class InputSpec:
         shape: Shape of the input, including the batch size. Dynamic sizes are None.
         dtype: Name of the data type.
         optional: Whether the model accepts None for the input. Defaults to False.
-        present: Whether the exported file has the input. Defaults to True.
+        present: Whether the exported file has the input. False for an optional input that the
+            samples do not contain. Defaults to True.
     """
 
     name: str
@@ -49,9 +50,10 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """The inputs of a model as a flat list, and their nested structure.
+    """Descriptions of the inputs of a model as a flat list, and the nested structure of the inputs.
 
-    `structure` is the nested structure, in which each input is replaced by its index in `specs`.
+    `structure` is nested like the inputs of the model, but contains the index in `specs` in place
+    of each input.
     """
 
     specs: list[InputSpec]
@@ -93,7 +95,7 @@ def symbolic_inputs(model: keras.Model) -> Any:
 
 
 def signature_of(model: keras.Model, samples: Samples | None = None) -> Signature:
-    """Return the inputs of the file to which a model is exported.
+    """Return descriptions of the inputs of the `.tflite` file to which a model is exported.
 
     Args:
         model: A built Keras 3 model.
@@ -142,11 +144,11 @@ def _signature_name(name: str) -> str:
 
 
 def _keeps_batch_size(model: keras.Sequential) -> bool:
-    """Return whether the recorded batch size of a Sequential model must be kept.
+    """Return whether an exported Sequential model must have the batch size that Keras recorded.
 
     If a call on data builds a model without an Input layer, Keras records the batch size of the
-    data. Most models do not need the recorded batch size. Recurrent layers that are stateful or not
-    unrolled require a fixed batch size.
+    data. Most exported models can have a dynamic batch size instead. Recurrent layers that are
+    stateful or not unrolled require a fixed batch size.
     """
     layers = _keras.flatten_layers(model)
     recurrent = [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
@@ -193,9 +195,9 @@ def read_samples(
         model: A built Keras 3 model.
         data: Inputs in any form that `model.predict` accepts. Labels in a data set are ignored.
         argument: Name of the argument with which the user passed the data, for error messages.
-        limit: Maximum number of samples to return. Defaults to None, which returns all samples.
-        streamed: Maximum number of samples to read from a data set or generator. Defaults to 0,
-            which means the same maximum as ``limit``.
+        limit: Maximum number of samples to return. If None, the default, all samples are returned.
+        streamed: Maximum number of samples to read from a data set or generator. If 0, the default,
+            ``limit`` is the maximum.
 
     Raises:
         ValueError: If the data is of an unsupported type, or does not fit the inputs of the model.

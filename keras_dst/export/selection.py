@@ -1,10 +1,11 @@
 """Select the storage format of each weight tensor of a model.
 
-Fixed rules exclude all formats that the runtime would read incorrectly. One of the remaining
-formats is selected by size and by measured or estimated latency. The rules follow the kernels of
-XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly. All other ops need a dense
-weight, which the op DENSIFY unpacks when the file is loaded. To store the weight of a CONV_2D
-sparse, the export can replace the CONV_2D by slices of the input and a FULLY_CONNECTED op.
+Fixed rules exclude all storage formats that the runtime would read incorrectly. The choice among
+the other formats depends on the file size and on the measured or estimated latency. The rules
+follow the kernels of XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly. All
+other ops need a dense weight, which the op DENSIFY unpacks when the file is loaded. To store the
+weight of a CONV_2D sparse, the export can replace the CONV_2D by slices of the input and a
+FULLY_CONNECTED op.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ from keras_dst.export.latency_model import CPUS, LatencyModel
 #: A weight tensor counts as block-sparse if at least this fraction of the values in its stored
 #: blocks is nonzero.
 MIN_BLOCK_DENSITY = 0.75
-#: Limits of the kernel that multiplies float inputs by a sparse int8 weight. The kernel stores the
-#: position of a block of 16 inputs in one byte, and the number of blocks per output in another
-#: byte. If a weight exceeds a limit, the results of the kernel are wrong.
+#: Largest number of inputs, and of stored blocks per output, that a sparse int8 weight with float
+#: inputs may have. LiteRT's kernel stores the position of each block of 16 inputs in one byte, and
+#: the number of blocks per output in another byte. For larger weights, the bytes overflow, and the
+#: results are wrong.
 MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
-#: Largest ratio at which two latencies, or two sizes, count as equal.
+#: Two latencies, or two sizes, count as equal if the larger is at most this factor times the
+#: smaller.
 SAME_LATENCY, SAME_SIZE = 1.05, 1.01
 
 #: Reason in the report if a weight stays dense although DENSIFY would make the file smaller.
 UNSAFE = "with DENSIFY, ARM CPUs would compute this model wrongly"
 
-#: Function that returns, for each file, the seconds that one inference takes.
+#: Function that receives the contents of several files, and returns the seconds per inference of
+#: each file.
 Timer = Callable[[Sequence[bytes]], list[float]]
 
 
@@ -42,12 +46,12 @@ class Choice:
 
     Attributes:
         weight: The weight.
-        format: The selected format, or None if the weight keeps its present format.
+        format: The selected format, or None if the file keeps the weight unchanged.
         bytes: Size of the weight in the selected format, in bytes.
-        reason: Why the weight keeps its present format, or an empty string if the format changes.
+        reason: Why the file keeps the weight unchanged, or an empty string if the format changes.
         latency_ratio: Latency of the ops that read the weight, relative to their latency with the
-            dense weight. With several CPUs, the value is the largest ratio of all CPUs. Defaults to
-            1.
+            dense weight. If the latency is determined for several CPUs, the value is the largest
+            ratio. Defaults to 1.
     """
 
     weight: Weight
@@ -59,27 +63,29 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Selected formats of all weight tensors in a file, in file order, and the resulting file."""
+    """Selected format of each weight tensor, in file order, and the bytes of the file that stores
+    the weights in the selected formats."""
 
     choices: list[Choice]
     content: bytes
 
     @property
     def formats(self) -> dict[int, Format]:
-        """Formats of the changed weights, as a dict from buffer index to format."""
+        """New formats of the weights whose format changes, as a dict from buffer index to
+        format."""
         return _formats(self.choices)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Criterion by which one of several options is selected. An option is a storage format of a
-    weight tensor, or a whole file.
+    """Rule that selects the best of several candidates. The candidates are storage formats for one
+    weight tensor, or several versions of the whole file.
 
     Attributes:
-        optimize: ``"latency"`` selects the fastest option and, among equally fast options, the
-            smallest. ``"size"`` selects the smallest option and, among equally small options, the
-            fastest. ``"balanced"``, the default, selects the smallest product of bytes and latency
-            among the options that are not slower than dense.
+        optimize: ``"latency"`` selects the fastest candidate and, among equally fast candidates,
+            the smallest. ``"size"`` selects the smallest candidate and, among equally small
+            candidates, the fastest. ``"balanced"``, the default, selects the smallest product of
+            bytes and latency among the candidates that are not slower than dense.
         timers: Functions that measure or estimate latencies, one per CPU. Defaults to an estimate
             for an x86 CPU.
         int8: Whether weights may be quantized to int8. Defaults to False.
@@ -90,7 +96,8 @@ class Objective:
     int8: bool = False
 
     def best(self, sizes: Sequence[float], ratios: Sequence[float]) -> int:
-        """Return the index of the best option, given the size and latency ratio of each option."""
+        """Return the index of the best candidate, given the size and the latency ratio of each
+        candidate."""
         options = range(len(sizes))
         if self.optimize == "size":
             small = [i for i in options if sizes[i] <= SAME_SIZE * min(sizes)]
@@ -102,9 +109,9 @@ class Objective:
         return min(fast, key=lambda i: sizes[i] * ratios[i])
 
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
-        """Return, per file, its latency relative to the first file.
+        """Return the latency of each file divided by the latency of the first file.
 
-        With several CPUs, the ratio of a file is the largest ratio of all CPUs.
+        With timers for several CPUs, return the largest ratio of each file.
         """
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
@@ -117,17 +124,20 @@ def select_formats(
 ) -> Plan:
     """Select the storage format of each weight tensor in a dense ``.tflite`` file.
 
-    First, the best format of each weight tensor is selected individually. An op can run faster or
-    slower in the whole graph than alone. The function therefore compares four complete files:
+    First, a format is selected for each weight tensor, from its size and from the latency of the
+    ops that read the tensor. In the whole model, these ops can be faster or slower. The function
+    therefore compares four versions of the whole file:
 
-    * The first file stores every weight in its individually selected format.
-    * In the second file, as many ops as possible read sparse weights directly.
-    * The third file unpacks all sparse weights, so that XNNPACK may use sparse kernels.
-    * The fourth file is dense.
+    * The first version stores every weight in the format that was selected for this weight.
+    * In the second version, as many ops as possible read sparse weights directly.
+    * In the third version, DENSIFY ops unpack all sparse weights, so that XNNPACK may use its
+      sparse kernels.
+    * The fourth version stores all weights dense.
 
     Args:
         content: Bytes of a file whose weights are float32 or int8.
-        objective: Criterion of the selection. Defaults to `Objective()`.
+        objective: Rule that selects the formats and the version of the file. Defaults to
+            `Objective()`.
         progress: Function that is called with a line of text for each weight tensor.
     """
     model = flatbuffer.read(content)
@@ -149,22 +159,23 @@ def select_formats(
     distinct = list(dict.fromkeys([content, *(plan.content for plan in plans)]))
     ratio_of = dict(zip(distinct, objective.latency_ratios(distinct)))
     ratios = [ratio_of[plan.content] for plan in plans]
-    # The file that unpacks its weights computes with dense weights, so it is not slower than the
-    # dense file.
+    # LiteRT unpacks the weights of the third version when it loads the file. Inference is therefore
+    # not slower than with the dense file.
     ratios[2:] = [min(ratios[2], 1.0), 1.0]
     return plans[objective.best([len(plan.content) for plan in plans], ratios)]
 
 
 class _Encoder:
-    """Writer of a `.tflite` file in several storage formats, which caches the written files."""
+    """Encoder that stores the weights of one `.tflite` file in different formats. Encoded files are
+    cached."""
 
     def __init__(self, content: bytes):
         self.content = content
         self.files: dict[frozenset, tuple[bytes, bool]] = {frozenset(): (content, False)}
 
     def plan(self, options: list[list[Choice]], objective: Objective) -> Plan:
-        """Select the best format of each weight tensor, so that the file is correct on every
-        CPU."""
+        """Select the best format of each weight tensor. If DENSIFY would cause wrong results on
+        some CPU, select only formats without DENSIFY."""
         choices = [_best(row, objective) for row in options]
         content, wrong = self._encode(choices)
         if wrong:
@@ -207,7 +218,8 @@ def _without_densify(options: list[Choice]) -> list[Choice]:
 
 
 def _options(model: schema.ModelT, weight: Weight, objective: Objective) -> list[Choice]:
-    """Return the candidates for a weight tensor: dense, and all valid smaller formats."""
+    """Return the formats that are possible for a weight tensor: dense, and all valid formats that
+    take fewer bytes."""
     bytes_dense = weight.values.nbytes
     obstacle = _obstacle(weight)
     if obstacle:
@@ -232,7 +244,7 @@ def _options(model: schema.ModelT, weight: Weight, objective: Objective) -> list
 def _latency_ratios(dense: bytes, files: list[bytes], objective: Objective) -> list[float]:
     try:
         return objective.latency_ratios([dense, *files])[1:] if files else []
-    except RuntimeError:  # Ops that read inputs of unknown rank, for example, cannot run alone.
+    except RuntimeError:  # Some ops cannot run alone, such as ops on inputs of unknown rank.
         return [float("inf")] * len(files)
 
 
@@ -250,8 +262,8 @@ def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form
     if weight.values.dtype == np.int8:
         return _valid_formats_of_int8(weight, piece)
     shape, kinds = weight.values.shape, {kind for kind, _ in weight.readers}
-    # The results are wrong if XNNPACK runs a DEQUANTIZE op, but a builtin kernel runs the next op,
-    # TRANSPOSE_CONV.
+    # Do not quantize the weight of a TRANSPOSE_CONV. The results are wrong if XNNPACK runs the
+    # DEQUANTIZE op, but a builtin kernel runs the TRANSPOSE_CONV that follows.
     int8 = int8 and "TRANSPOSE_CONV" not in kinds and bool(np.isfinite(weight.values).all())
     unpacked = _unpacked_formats(weight)
     formats = unpacked + [replace(format, int8=True) for format in unpacked if int8]
@@ -275,7 +287,8 @@ def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form
 
 
 def _fits_hybrid_kernel(values: np.ndarray) -> bool:
-    """Return whether a sparse int8 weight is within the limits of the kernel with float inputs."""
+    """Return whether LiteRT's kernel for float inputs computes correct results with a sparse int8
+    weight."""
     rows, inputs = values.shape
     if inputs % 16 or inputs > MAX_HYBRID_INPUTS:
         return False

@@ -1,27 +1,27 @@
 """Find the ops of a graph that XNNPACK runs with sparse kernels, and check their results.
 
-On CPUs without AVX, such as every ARM CPU, XNNPACK can run a region of a graph in NCHW instead of
-NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. XNNPACK runs a region in NCHW
-layout only if the graph contains a DENSIFY op. A region begins at an entry op: a 3x3 convolution
-with stride 2 over 3 channels, padded by 1 on each side. A region ends at an exit op: a mean over
-height and width, or DEPTH_TO_SPACE. All ops of a region must support NCHW. No op outside the
-region may read a tensor of the region. More than 2/3 of all weights in the 1x1
-convolutions of a region must be zero.
+On CPUs without AVX, such as every ARM CPU, XNNPACK can run connected ops of a graph in NCHW instead
+of NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. These connected ops are called
+an NCHW region. XNNPACK forms an NCHW region only if the graph contains a DENSIFY op. The region
+begins at an entry op: a 3x3 convolution with stride 2 over 3 channels, padded by 1 on each side.
+The region ends at an exit op: a mean over height and width, or DEPTH_TO_SPACE. All ops of the
+region must support NCHW layout. No op outside the region may read a tensor of the region. In the
+1x1 convolutions of the region, more than 2/3 of all weights must be zero.
 
-XNNPACK does not check that a region ends only at exit ops. If an op outside a region reads a tensor
-of the region, the op interprets NCHW data as NHWC data. The results of the op are wrong, and no
-error message appears.
+XNNPACK does not check whether the last ops of an NCHW region are exit ops. If another op is the
+last op, its output has NCHW layout, but the next op reads the output as NHWC data. The results are
+then wrong, and no error message appears.
 
-The analysis assumes that XNNPACK runs every op of the graph. In practice, XNNPACK leaves some ops
-to the builtin kernels. The set of builtin ops differs between versions and builds of LiteRT. Each
-op that XNNPACK leaves to the builtin kernels splits the graph, and reads and writes data in NHWC
-layout. A file must be correct in all versions of LiteRT. The module therefore also reports a
-network as wrong if only some versions compute the network correctly. To be safe, the module also
-reports a mean with keepdims as wrong.
+The functions below assume that XNNPACK runs every op of the graph. In practice, LiteRT runs some
+ops with its builtin kernels instead, and these ops differ between versions and builds of LiteRT. An
+op with a builtin kernel splits the graph, and reads and writes data in NHWC layout. A file must
+give correct results in all versions of LiteRT. The module therefore reports a file as wrong even if
+some versions of LiteRT run the file correctly. As a precaution, the module also reports a MEAN or
+SUM op with keepdims as wrong, unless only RESHAPE ops read its result.
 
 Source: the functions ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in
-``src/subgraph.c`` of XNNPACK. Since October 2020, only the rules for FULLY_CONNECTED in the two
-functions have changed, most recently in January 2025.
+``src/subgraph.c`` of XNNPACK. The rules in both functions have not changed since October 2020,
+except the rules for FULLY_CONNECTED, which changed most recently in January 2025.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ _UNARY = re.compile(
 
 
 class Role(enum.Flag):
-    """Roles that an op can have in a region that runs in NCHW layout."""
+    """Possible roles of an op in an NCHW region: first op (`ENTRY`), inner op (`INSIDE`) or last op
+    (`EXIT`)."""
 
     NONE = 0
     ENTRY = enum.auto()
@@ -55,18 +56,19 @@ class Role(enum.Flag):
 
 @dataclass(eq=False)
 class Node:
-    """Op in the graph that XNNPACK builds from the file.
+    """Op in the graph that XNNPACK builds from a `.tflite` file.
 
-    XNNPACK's graph contains no constants. PAD ops are merged into the convolutions that follow.
+    The graph of XNNPACK does not contain the ops that unpack constants, and the PAD ops that
+    XNNPACK merges into convolutions.
 
     Attributes:
         op: The op in the file.
         kind: Builtin name of the op.
         inputs: Computed tensors that the op reads, without constants.
         outputs: Tensors that the op computes.
-        role: All roles that the op can have in a region.
-        obstacle: Description of the op if a region cannot contain the op, or if the op would
-            compute wrong results in a region. The description is empty for all other ops.
+        role: All roles that the op can have in an NCHW region.
+        obstacle: Text that describes the op if the op cannot read data in NCHW layout, and an empty
+            string otherwise.
         zeros: Number of zero weights of a 1x1 convolution or a FULLY_CONNECTED op, and 0 for other
             ops.
         weights: Number of all weights of a 1x1 convolution or a FULLY_CONNECTED op, and 0 for other
@@ -85,9 +87,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Region:
-    """Ops that XNNPACK runs in NCHW layout.
+    """NCHW region of a graph, and the ops that go wrong because of the region.
 
-    ``wrong`` lists the ops that fail or compute wrong results in NCHW layout.
+    ``nodes`` lists the ops that XNNPACK runs in NCHW layout. ``wrong`` lists the ops of the graph
+    that then fail or compute wrong results.
     """
 
     nodes: list[Node]
@@ -95,7 +98,7 @@ class Region:
 
 
 def is_hinted(model: schema.ModelT, graph: schema.SubGraphT) -> bool:
-    """Return whether the graph contains a DENSIFY op.
+    """Return whether a graph contains a DENSIFY op.
 
     Without a DENSIFY op, XNNPACK uses only dense kernels.
     """
@@ -111,7 +114,7 @@ def is_wrong(model: schema.ModelT) -> bool:
 
 
 def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
-    """Return the region that XNNPACK would run in NCHW layout if the graph contained DENSIFY.
+    """Return the NCHW region that XNNPACK forms if the graph contains a DENSIFY op.
 
     Args:
         nodes: List that `read_nodes` returned for the graph.
@@ -136,19 +139,19 @@ def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
 
 
 def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role], set[int]]:
-    """Return the group number of each op, the remaining roles of each op, and the ops outside all
-    regions.
+    """Divide the graph into groups of connected ops, as XNNPACK does to find NCHW regions.
 
-    A group is a set of connected ops. All ops of a group have the same group number.
+    Return the group number of each op, the roles that remain possible for each op, and the indices
+    of the ops outside all NCHW regions.
     """
     group, roles = list(range(len(nodes))), [node.role for node in nodes]
     bad: set[int] = set()
     producer = {t: n for n, node in enumerate(nodes) for t in node.outputs if t not in outputs}
 
     def join(n: int) -> bool:
-        """Merge an op's group with the groups of the ops that compute its inputs.
+        """Give an op and the ops that compute its inputs the same group number.
 
-        Return True if a group changed.
+        Return whether a group number changed.
         """
         changed = False
         for t in nodes[n].inputs:
@@ -171,10 +174,11 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
 
 
 def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
-    """Return whether an op's result is right if the tensors in ``nchw`` have NCHW layout."""
+    """Return whether an op computes the right result if the tensors in ``nchw`` have NCHW layout,
+    and all other tensors have NHWC layout."""
     reads = any(t in nchw for t in node.inputs)
     writes = any(t in nchw for t in node.outputs)
-    # NCHW and NHWC layout differ only for tensors with spatial axes, and a matrix has none.
+    # For a matrix, NCHW and NHWC are the same layout, because a matrix has no spatial axes.
     matrix = all(len(shape(graph.tensors[t])) < 3 for t in node.outputs)
     if reads and Role.EXIT in node.role:
         return not node.obstacle and (not writes or matrix)
@@ -184,7 +188,7 @@ def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
 
 
 def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
-    """Return the ops of a graph as XNNPACK sees them, in file order."""
+    """Return the ops of the graph that XNNPACK builds from a graph of the file, in file order."""
     unpacked, pads = constant_sources(model, graph), _merged_pads(model, graph)
     found = []
     for op in graph.operators:
@@ -198,7 +202,7 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
             source, _ = pads.get(t, (t, ()))
             if source not in unpacked and stored(model, graph.tensors[source]) is None:
                 node.inputs.append(source)
-        if kind == "MUL":  # XNNPACK treats x * x as a SQUARE op, which has one input.
+        if kind == "MUL":  # XNNPACK runs x * x as a SQUARE op, which has only one input.
             node.inputs = list(dict.fromkeys(node.inputs))
         if role == Role.INSIDE and kind in ("CONV_2D", "FULLY_CONNECTED"):
             weight = int(op.inputs[WEIGHT_SLOT])
@@ -208,10 +212,10 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
 
 
 def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tuple[int, tuple]]:
-    """Return the outputs of the PAD ops that XNNPACK merges into the convolutions that follow.
+    """Return a dict of the PAD ops that XNNPACK merges into the convolutions that follow.
 
-    The keys of the returned dict are the outputs. Each value contains the input of the PAD op, and
-    the padding above, below, left and right.
+    Each key is the index of the output of a PAD op. Its value contains the index of the input of
+    the PAD op, and the padding above, below, left and right.
     """
     readers = Counter(t for op in graph.operators for t in set(indices(op.inputs)))
     readers += Counter(indices(graph.outputs))
@@ -230,8 +234,7 @@ def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tup
 
 
 def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
-    """Return the roles that an op can have in an NCHW region, and why no region can contain the
-    op."""
+    """Return the roles that an op can have in an NCHW region, and the text for `Node.obstacle`."""
     tensors = [graph.tensors[t] for t in indices(op.inputs) + indices(op.outputs)]
     ranks = {len(shape(tensor)) for tensor in tensors if stored(model, tensor) is None}
     if not all(type_name(x).startswith(("float", "int32", "int64")) for x in tensors):
@@ -241,7 +244,7 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
     if kind == "DEPTHWISE_CONV_2D":
         return _depthwise(graph, op, pads)
     if kind == "FULLY_CONNECTED":
-        # Without keepNumDims, XNNPACK flattens the input to a matrix.
+        # Without keepNumDims, XNNPACK reshapes the input of FULLY_CONNECTED to a matrix.
         kept = getattr(op.builtinOptions, "keepNumDims", False)
         sparse = graph.tensors[op.inputs[WEIGHT_SLOT]].sparsity is not None
         return (Role.INSIDE, "") if kept and not sparse else (Role.NONE, kind)
@@ -250,8 +253,8 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
     if kind == "DEPTH_TO_SPACE":
         return Role.EXIT, ""
     if kind in ("ADD", "MUL") and all(len(shape(tensor)) == 4 for tensor in tensors):
-        # XNNPACK checks the shape of the first operand, even if only the second operand is
-        # constant.
+        # If one operand is constant, XNNPACK checks the shape of the first operand, even if the
+        # second operand is the constant.
         constant = any(stored(model, tensor) is not None for tensor in tensors[:2])
         wide = sum(size != 1 for size in _sizes(tensors[0])) > 1
         return (Role.NONE, f"{kind} of a constant") if constant and wide else (Role.INSIDE, "")
@@ -269,15 +272,16 @@ def _sizes(tensor: schema.TensorT) -> list[int]:
 
 
 def _reduction(model, graph, op, kind) -> str:
-    """Describe a MEAN or SUM op with wrong results on NCHW data, or return an empty string."""
+    """Return a description of a MEAN or SUM op that would compute wrong results from NCHW data.
+    Return an empty string if the results would be right."""
     axes = values(model, graph.tensors[op.inputs[1]])
     left = {1, 2, 3} - {int(axis) % 4 for axis in ([] if axes is None else axes.ravel())}
-    if 3 in left and left != {3}:  # NCHW and NHWC order the reduced axes differently.
+    if 3 in left and left != {3}:  # In NCHW layout, the remaining axes are in another order.
         return f"{kind} over one of height and width"
     made = int(op.outputs[0])
     readers = {op_name(model, other) for other in graph.operators if made in indices(other.inputs)}
     if op.builtinOptions.keepDims and (readers != {"RESHAPE"} or made in indices(graph.outputs)):
-        return f"{kind} with keepdims"  # NCHW and NHWC results differ in shape.
+        return f"{kind} with keepdims"  # In NCHW layout, the result has another shape.
     return ""
 
 
@@ -322,7 +326,7 @@ def _describe(name: str, op: schema.OperatorT, padding: tuple[int, ...] | None) 
 
 
 def _padding(op, kernel, pads) -> tuple[int, ...] | None:
-    """Return the padding above, below, left and right.
+    """Return the padding of a convolution above, below, left and right of its input.
 
     The result is None if the padding depends on the size of the input.
     """

@@ -44,13 +44,13 @@ class CPUOp:
 
 @dataclass(frozen=True)
 class VelaReport:
-    """Vela's estimates for a file and for a dense file of the same network.
+    """Vela's estimates for the exported file, and for a dense file of the same network.
 
     The estimates come from Vela's model of the hardware, not from measurements on hardware.
 
     The dense file has the same ops as the exported file, but its weights are normally distributed
-    random values without zeros. Vela compresses the random weights a few percent better than
-    trained dense weights.
+    random values without zeros. Vela compresses random weights a few percent better than the
+    trained weights of a dense network.
 
     Attributes:
         accelerator: Configuration of the NPU, such as ``"ethos-u55-128"``.
@@ -110,14 +110,14 @@ def _compared(value: float, dense: float) -> tuple[str, str, str]:
 class MicroReport:
     """Comparison of a file for microcontrollers with the dense int8 file.
 
-    Both files were run in TFLM.
+    TFLM ran both files.
 
     Attributes:
         bytes: Size of the file.
         dense_bytes: Size of the dense int8 file, whose outputs are bit-identical.
         unread_bytes: Number of bytes of the dense int8 file that TFLM does not need. The exported
-            file omits metadata, scales of biases, repeated zero points, second copies of equal
-            values, and all names of merged ops except the first.
+            file omits metadata, scales of biases, repeated zero points and copies of equal values.
+            Of the names of merged ops, only the first is kept.
         dense_gzip_bytes: Size of the dense int8 file after compression with gzip.
         arena: Number of bytes of the memory arena that the exported file needs.
         dense_arena: Number of bytes of the memory arena that the dense int8 file needs.

@@ -41,8 +41,8 @@ def export_tflite(
     Args:
         model: A built Keras 3 model on any backend. The model may be sparse, stripped or dense. An
             input with ``sparse=True`` becomes a dense input of the file. If an optional input is
-            None in ``inputs`` or ``representative``, the file lacks the optional input. In the
-            file, the states of recurrent layers start at zero.
+            None in ``inputs`` or ``representative``, the file lacks the optional input. Each run of
+            the file starts with zero states of the recurrent layers.
         path: Path of the file to write, in an existing folder. An existing file is replaced.
         inputs: Samples on which the file is compared with the model. As in `model.predict`, the
             samples can be arrays, or a data set, data loader or generator of batches. The first 32
@@ -66,9 +66,9 @@ def export_tflite(
             ``"ethos-u55-128"``, requires ``quantize="full"``. A file for an NPU has int8 inputs and
             outputs and dense weights. If Vela is installed, the report includes Vela's estimates.
             ``"micro"`` means TensorFlow Lite for Microcontrollers (TFLM) and also requires
-            ``quantize="full"``. A file for TFLM omits the zeros of a weight tensor if the file
-            becomes smaller, and only TFLM can run the file. For an NPU or ``"micro"``, no latency
-            is measured, and ``optimize`` must keep its default.
+            ``quantize="full"``. In a file for TFLM, the zeros of a weight tensor are omitted if
+            this makes the file smaller. No other runtime can run a file for TFLM. For an NPU or
+            ``"micro"``, no latency is measured, and ``optimize`` must keep its default.
         measure: Whether to measure latencies on the CPU of the current machine. Latencies on other
             CPUs, and all latencies if ``measure`` is False, are estimated from the speed of the
             kernels. Defaults to True.
@@ -82,11 +82,12 @@ def export_tflite(
         representative: Typical input samples for ``quantize="full"``, in any form that
             `model.predict` accepts. All samples of an array are used, but only the first 1000
             samples of a data set or generator.
-        evaluate: Data on which the accuracy of each file is measured: ``(x, y)``, or a data set,
-            data loader or generator of batches ``(x, y)``. Labels are integers or one-hot vectors.
-            Sample weights are ignored. Alternatively, ``evaluate`` is a function that receives
-            ``predict`` and returns a number. ``predict`` accepts inputs like `model.predict`, and
-            returns the outputs of the file. Defaults to None: accuracy is not measured.
+        evaluate: Data on which the accuracy of the exported file and of the dense files is
+            measured: ``(x, y)``, or a data set, data loader or generator of batches ``(x, y)``.
+            Labels are integers or one-hot vectors. Sample weights are ignored. Alternatively,
+            ``evaluate`` is a function that receives ``predict`` and returns a number. ``predict``
+            accepts inputs like `model.predict`, and returns the outputs of the file. Defaults to
+            None: accuracy is not measured.
         vela_path: Path where the file that Vela compiled for the NPU is saved, in an existing
             folder. Defaults to None: the compiled file is not saved.
         progress: Function that is called with a line of text before each step.

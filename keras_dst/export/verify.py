@@ -14,8 +14,8 @@ from keras_dst.export.quantize import to_int8
 from keras_dst.export.samples import BATCH, Samples, Signature, read_samples
 from keras_dst.export.states import reset_states
 
-#: Each file is run with XNNPACK, the default of LiteRT, and without XNNPACK. Some faults occur only
-#: with XNNPACK, and others only without XNNPACK.
+#: Each file is run with XNNPACK, the default of LiteRT, and without XNNPACK. Some files give wrong
+#: results only with XNNPACK, and other files only without XNNPACK.
 RESOLVERS = {
     "XNNPACK": OpResolverType.AUTO,
     "builtin kernels": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
@@ -24,7 +24,8 @@ RESOLVERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """Batch of inputs and the expected outputs, as dicts from names in the file to arrays."""
+    """Test case: a batch of inputs and the expected outputs, both as dicts that map names in the
+    file to arrays."""
 
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
@@ -32,7 +33,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Error of one output of a file, and a text that names the output.
+    """Error of one output of a file, and a text that names the output and the kernels.
 
     ``error`` is ``max|y - expected| / max|expected|``. The error is infinite if values are not
     finite, shapes differ, or the interpreter refuses the file.
@@ -43,8 +44,8 @@ class Deviation:
 
 
 def deviation(content: bytes, cases: list[Case]) -> Deviation:
-    """Run a file on all test cases, with and without XNNPACK, and return the largest output
-    error."""
+    """Run a file on the inputs of all test cases, with and without XNNPACK, and return the largest
+    error of an output."""
     return max(_deviations(content, cases, RESOLVERS), key=lambda found: found.error)
 
 
@@ -59,9 +60,9 @@ def deviation_between(content: bytes, reference: bytes, cases: list[Case]) -> De
 
 
 def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dict[str, np.ndarray]]:
-    """Run a file on the inputs of all test cases, and return its outputs.
+    """Run a file on the inputs of each test case, and return its outputs for each test case.
 
-    The list has one dict per test case, which maps output names to arrays.
+    For each test case, the returned list contains a dict that maps output names to arrays.
 
     Raises:
         RuntimeError, ValueError: If the interpreter refuses the file or an input.
@@ -79,7 +80,7 @@ def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> l
 
     Args:
         model: The Keras 3 model from which the file was converted.
-        signature: Descriptions of the inputs that the file has.
+        signature: Descriptions of the inputs of the file.
         samples: Samples for all inputs of the model.
     """
     with reset_states(model):
@@ -117,7 +118,8 @@ def predictor(model: keras.Model, content: bytes, signature: Signature) -> Calla
 
 
 def _runner(content: bytes, resolver: OpResolverType) -> Callable[..., dict[str, np.ndarray]]:
-    """Return a function that runs a file on float inputs, and quantizes them for int8 inputs."""
+    """Return a function that runs a file on float arrays, and quantizes the arrays first if the
+    file has int8 inputs."""
     interpreter = Interpreter(model_content=content, experimental_op_resolver_type=resolver)
     runner = interpreter.get_signature_runner()
     inputs, outputs = runner.get_input_details(), runner.get_output_details()
