@@ -190,7 +190,7 @@ def test_a_mask_that_would_change_raises(data):
     model = masked(DST(pattern="1x4"))
     before = model.get_weights()
     assert keras_dst.sensitivity(model, data, GRID, pattern="1x4", verbose=0)
-    with pytest.raises(ValueError, match=r"masked value of 'net/one/kernel' is computed .*strip"):
+    with pytest.raises(ValueError, match=r"computes the mask of 'net/one/kernel' from .*strip"):
         keras_dst.sensitivity(model, data, (0.9,), verbose=0)
     for old, new in zip(before, model.get_weights()):
         np.testing.assert_array_equal(old, new)

@@ -21,24 +21,24 @@ Shape = tuple[int, ...]
 
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
-# Endings of the names of certain weights in custom layers. Layers look up or add these weights, but
-# do not multiply them.
+# Custom layers look up or add the weights whose names have these endings, but do not multiply them.
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
 # Batch size of the symbolic call if the Input does not define the batch size. The batch size is
 # greater than 1, because a model may squeeze axes of size 1.
 _BATCH = 2
-# FLOPs are counted twice: unknown sizes of the inputs are first set to 128, then to 256. If the two
-# FLOP counts differ, the FLOPs of the model are unknown. A model with a short position embedding
-# rejects the sizes 128 and 256, so smaller pairs are tried next.
+# FLOPs are counted twice: unknown sizes of the inputs are first set to 128, then to 256. If the
+# results differ, the FLOPs depend on the unknown sizes, and the report contains no FLOPs. A model
+# with a short position embedding rejects inputs of these sizes, so smaller pairs of sizes are tried
+# next.
 _SIZES = ((128, 256), (32, 64), (8, 16), (2, 4))
 
 
 def count_uses(model) -> dict[int, tuple[int | None, str | None]]:
     """Return a dict that maps the id of each prunable variable to its use count.
 
-    A use count is the number of times that each entry of a weight is multiplied for one sample. The
-    values of the dict are pairs `(count, reason)`. If the count is unknown, `count` is None and
+    A use count is the number of times that each entry of a weight is multiplied for one sample.
+    Each value of the dict is a pair `(count, reason)`. If the count is unknown, `count` is None and
     `reason` explains why. Otherwise `reason` is None.
     """
     weights = [weight for weight in weights_of(model) if weight.prunable]
@@ -60,7 +60,7 @@ def dense_size(model) -> tuple[int, int | None]:
 
 
 def sum_known(counts: list[int | None]) -> int | None:
-    """Return the sum of the counts, or None if any count is unknown."""
+    """Return the sum of the numbers in `counts`, or None if one of them is None."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
@@ -91,8 +91,9 @@ class _Trace(keras.Operation):
         self.repeats = 1
 
     def call(self, args, kwargs):
-        # If a call of the model fails on torch's meta device, Keras repeats the call on another
-        # device. Discard the layer calls that were recorded before the failure.
+        # On PyTorch, Keras first calls the model on the meta device. If this call fails, Keras
+        # calls the model on another device. Discard the layer calls that were recorded in the
+        # failed call.
         self.calls.clear()
         self.model(*args, training=False, **kwargs)
         return []
@@ -233,8 +234,8 @@ def _inputs(model) -> tuple[tuple, dict]:
 
 
 def _positions(layer, variable, call: _Call) -> int:
-    """Return how often a layer multiplies its weight for the whole batch, for example once per
-    pixel of the output of a convolution."""
+    """Return how often each entry of a weight is multiplied for the whole batch. In a convolution,
+    for example, an entry is multiplied once per output pixel."""
     shape, x, y = tuple(variable.shape), call.inputs[0], call.output
     if any(None in tensor for tensor in (x, y)):
         raise _UnknownCount(f"the shapes in {layer.name} are unknown")

@@ -35,8 +35,7 @@ class WeightSensitivity:
         name: Path of the weight.
         shape: Shape of the weight.
         parameters: Number of entries.
-        values: Metric of the model for each sparsity of the report. For these values, only the
-            weight `name` is pruned.
+        values: Metric of the model at each sparsity of the report, when only this weight is pruned.
     """
 
     name: str
@@ -294,16 +293,16 @@ class _Kernel:
     def assign(self, weight) -> None:
         """Assign a value to the variable.
 
-        Raise ValueError if masking changes the assigned value.
+        Raise ValueError if the mask that the layer computes changes the assigned value.
         """
         self.variable.assign(weight)
         if self.effective is not None and ops.any(
             self.masked_value() != ops.convert_to_tensor(self.variable)
         ):
             raise ValueError(
-                f"The masked value of '{self.name}' is computed from its weights, and changes "
-                "when the weights are pruned in another pattern. Call keras_dst.strip on the model "
-                "or on a copy first, or pass the pattern of the layer's method."
+                f"The layer computes the mask of '{self.name}' from the weights, and the mask "
+                "changes when the weights are pruned in another pattern. Call keras_dst.strip on "
+                "the model or on a copy first, or pass the pattern of the layer's method."
             )
 
 

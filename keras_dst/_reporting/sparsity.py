@@ -94,7 +94,7 @@ class SparsityReport:
         bytes: Size of all parameters in bytes, including zeros, in the dtypes of the variables.
         layers: A `WeightReport` for every prunable weight, in the order of the model.
         groups: Groups of coupled channels, which can only be removed together, as `channel_groups`
-            returns them. None if `report` was called without `groups=True`.
+            returns them. The groups are None unless `report` was called with `groups=True`.
 
     Example:
         >>> print(keras_dst.report(model))
@@ -225,8 +225,8 @@ def report(model, groups: bool = False) -> SparsityReport:
     """Measure the sparsity, the parameters and the FLOPs of a model.
 
     The model may be dense, made sparse by `sparsify`, trained with `SparseOptimizer`, or stripped.
-    An entry of a weight counts as zero if it is 0 or masked. The prunable weights are the masked
-    weights and all other kernels, including frozen kernels.
+    An entry of a weight counts as zero if its value is 0, or if a mask prunes the entry. The
+    prunable weights are the masked weights and all other kernels, including frozen kernels.
 
     FLOPs are counted for inference on one sample, and only for prunable weights. A multiplication
     and an addition count as 2 FLOPs. Multiplications with padding are counted too. FLOPs are
@@ -297,7 +297,7 @@ def _table_cells(parameters, nonzeros, *flops) -> list[str]:
 
 
 def _bytes_each(dtype: str) -> int:
-    # Most dtype names, such as bfloat16, contain the number of bits. The name "bool" contains no
-    # number, and a bool takes one byte.
+    # Most dtype names, such as bfloat16, contain the number of bits. The exception is "bool", whose
+    # values take one byte each.
     bits = re.search(r"\d+", dtype)
     return max(int(bits[0]) // 8, 1) if bits else 1

@@ -51,7 +51,8 @@ class Weight:
 
     def kept(self) -> np.ndarray:
         """Return a boolean array of the entries that are neither zero nor masked."""
-        # Compare in NumPy, because JAX would compile the comparison again for every shape.
+        # Compare the values with 0 in NumPy, because JAX would compile the comparison for every new
+        # shape.
         nonzero = ops.convert_to_numpy(ops.convert_to_tensor(self.values)) != 0
         if self.mask is not None:
             nonzero = nonzero & ops.convert_to_numpy(self.mask).astype(bool)
@@ -109,13 +110,13 @@ def density_map(kept: np.ndarray, layout: Layout = KERNEL) -> np.ndarray:
     """Divide a weight into equal blocks, and return a matrix (inputs x outputs) of their densities.
 
     Args:
-        kept: Boolean array in the shape of the weight, which is True for kept entries. The window
-            axes of a convolution count as input axes.
+        kept: Boolean array in the shape of the weight, which is True for kept entries. In the
+            kernel of a convolution, the spatial axes count as input axes.
         layout: Input and output axes of the weight.
 
     Returns:
-        A float32 matrix with one row per input and one column per output. Neighboring inputs and
-        outputs are averaged, so that at most 64 rows and 64 columns remain.
+        A float32 matrix of densities, with one row per input and one column per output. Neighboring
+        inputs and outputs are averaged, so that at most 64 rows and 64 columns remain.
 
     Example:
         >>> density_map(np.ones((3, 3, 16, 128), bool)).shape
@@ -138,7 +139,7 @@ def _axes(shape: Sequence[int], layout: Layout) -> tuple[list[int], list[int]]:
 
 
 def _means(matrix: np.ndarray) -> np.ndarray:
-    """Average neighboring rows, so that at most 64 rows remain."""
+    """Average neighboring rows of a matrix, so that at most 64 rows remain."""
     ends = np.linspace(0, len(matrix), min(len(matrix), _MAX_CELLS) + 1).round().astype(int)
     sums = np.add.reduceat(matrix, ends[:-1], axis=0)
     return sums / np.diff(ends)[:, None].astype("float32")
