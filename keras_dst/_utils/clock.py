@@ -14,14 +14,14 @@ class UpdateClock(NamedTuple):
     """The steps of a training run at which masks are updated.
 
     Step n means that n optimizer steps are finished and step n + 1 has not begun. Masks are updated
-    at step 0, at `last` and at each step in `jumps`. Before `last`, masks are also updated every
-    `period` steps, counted from `first` in both directions.
+    at step 0, at `last` and at each step in `jumps`. Before `last`, masks are also updated at each
+    step whose distance from `first` is a multiple of `period`.
 
     Attributes:
         first: First step at which the target sparsity changes.
         last: Step after which the target sparsity does not change any more.
         period: Number of steps from one periodic update to the next.
-        jumps: Additional steps at which the target sparsity jumps. Defaults to no steps.
+        jumps: Steps at which the target sparsity changes abruptly. Defaults to no steps.
     """
 
     first: int
@@ -48,8 +48,8 @@ class UpdateClock(NamedTuple):
 
 
 def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None:
-    """Return the clock of a method. Return None if the method needs the length of training, and
-    this length is unknown.
+    """Return the steps at which a method updates its masks. Return None if the steps depend on the
+    length of the training run, and the length is unknown.
 
     If the user gives no frequency, the method's `default_frequency` is used. In a short training
     run, masks are updated more often: at least twenty times while the target sparsity changes.

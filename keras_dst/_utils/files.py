@@ -47,7 +47,7 @@ def as_path(path, name: str) -> pathlib.Path:
 
 
 def check_writable(path: pathlib.Path, extension: str = "") -> None:
-    """Raise an error if no file can be written to `path`, or if a model file could be replaced.
+    """Raise an error if no file can be written to `path`, or if its extension is wrong.
 
     Args:
         path: Path of the new file.

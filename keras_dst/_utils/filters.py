@@ -10,8 +10,8 @@ import keras
 
 Filters = str | Sequence[str] | Callable[[Any], bool] | None
 
-# Names of variables that can have two or more axes but are not kernels. Examples are biases of
-# attention heads, states of pruning methods, and LoRA factors.
+# Variables with these names are not kernels, although they can have two or more axes. For example,
+# they are biases of attention heads, states of pruning methods, or LoRA factors.
 _NOT_PRUNED = re.compile(
     r"(^|_)(bias|beta|gamma|scale|threshold|scores?|anchor|alpha|control|lora_\w+_[ab])$"
 )
@@ -53,8 +53,8 @@ def select(
         filters: A name, a regular expression that matches a whole name, or a list of names and
             expressions. A function that receives an item and returns a bool is also accepted. None
             selects all items.
-        names: All names by which each item can be selected. An error message shows only the first
-            name of each item.
+        names: For each item, a tuple of all names by which a filter can select the item. Error
+            messages list only the first name of each item.
         argument: Name of the argument in which the user passed the filter, for error messages.
             Defaults to "filters".
 

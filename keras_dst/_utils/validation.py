@@ -30,7 +30,8 @@ def check_number(
         name: Name of the argument for the error message.
         minimum: Smallest allowed value. Defaults to 0.
         maximum: Largest allowed value. Defaults to infinity, which means no upper bound.
-        alternative: Other allowed values for the error message. Defaults to an empty string.
+        alternative: Text that the error message adds for other allowed values, such as " or None".
+            Defaults to an empty string.
 
     Example:
         >>> check_number(0.5, "momentum", maximum=1)
@@ -67,8 +68,7 @@ def check_integer(value, name: str, minimum: int | None = 1) -> int:
     Args:
         value: Argument to check. NumPy integers are accepted. Booleans are not.
         name: Name of the argument, for the error message.
-        minimum: Smallest accepted value. None means that all whole numbers are accepted. Defaults
-            to 1.
+        minimum: Smallest accepted value. If None, all whole numbers are accepted. Defaults to 1.
 
     Raises:
         ValueError: If `value` is not a whole number or is less than `minimum`.
