@@ -1,8 +1,8 @@
 """The pruning API of TensorFlow Model Optimization (tfmot) on Keras 3.
 
-The names, arguments and masks are the same as in `tfmot.sparsity.keras` 0.8, on every backend. The
-layers store the masks, as they do after `keras_dst.sparsify`. Because the layers store the masks,
-`report`, `shrink` and `export_tflite` can read a pruned model directly.
+The names, arguments and masks are the same as in `tfmot.sparsity.keras` 0.8, on every backend. As
+after `keras_dst.sparsify`, every pruned layer stores its own masks. `report`, `shrink` and
+`export_tflite` can therefore read a pruned model directly.
 """
 
 from keras_dst.tfmot.callbacks import UpdatePruningStep

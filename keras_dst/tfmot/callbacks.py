@@ -57,14 +57,16 @@ class UpdatePruningStep(keras.callbacks.Callback):
         self._fit.guard_step(self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
-        # After a resume, `fit` reads all batches of the epoch again, but trains only on the batches
-        # after the backup.
+        # If `fit` continues from a backup, it reads all batches of the epoch again, but trains only
+        # on the batches after the backup.
         self._skipped_batches = self._fit.skipped_batches
 
     def on_train_batch_begin(self, batch, logs=None):
         if batch < self._skipped_batches:
             return
-        _ = self.model  # On JAX, reading `self.model` copies the state of `fit` to variables.
+        # On JAX, `fit` does not update the variables of the model. Reading `self.model` copies the
+        # current values to the variables.
+        _ = self.model
         for driver in self._drivers:
             driver.before_step()
 
@@ -85,7 +87,8 @@ class _StepDriver(LayerDriver):
     def __init__(self, model, layers_):
         super().__init__(model, layers_)
         self.schedule = self.method.pruning_schedule
-        # The step count is not read before the first step, because a backup may still be restored.
+        # The step count is read at the first step, because another callback may restore a backup
+        # before.
         self.step: int | None = None
         self.set_active(True)
 

@@ -25,8 +25,8 @@ from keras_dst import _keras
 _WRAPPER = "PruneLowMagnitude"  # Class name of the wrapper that tfmot puts around a layer.
 _STATE = re.compile(r"(mask|threshold|pruning_step)(_\d+)?:0")
 _MODELS = ("Sequential", "Functional", "Model")
-# Layer arguments that are ignored, because they have no meaning in Keras 3. Other unknown arguments
-# are ignored only if their value is false, such as None or 0.
+# Arguments of Keras 2 layers that are ignored, because Keras 3 does not need them. Other arguments
+# that Keras 3 does not know are ignored only if their value is None, 0 or False.
 _SHAPES = ("batch_input_shape", "input_length", "query_shape", "key_shape", "value_shape")
 _UNUSED = ("implementation", "kernel_initializer", "kernel_regularizer", "kernel_constraint")
 
@@ -90,8 +90,8 @@ def _build(config, file_format, root) -> tuple[keras.Model, list[Wrapper]]:
     if "layers" not in config["config"]:
         raise ValueError(
             f"The file holds a {config['class_name']}, which is neither Sequential nor "
-            "Functional, so the file lacks the code of its `call`. Write the model class for "
-            "Keras 3, and load the weights into the new model."
+            "Functional, so the file does not contain the code of the model. Write the model class "
+            "for Keras 3, and load the weights into the new model."
         )
     model = keras.saving.deserialize_keras_object(_model_config(config))
     if not model.built:
@@ -161,9 +161,9 @@ def _is_reference(x, names) -> bool:
 
 
 def _first_calls(model: dict) -> dict[str, int]:
-    """Return the index of each layer's first call.
+    """Return a dict that maps the name of each layer to the number of its first call.
 
-    In Keras 2, the calls of a layer are not always numbered from 0.
+    Keras 2 does not always number the calls of a layer from 0.
     """
     first: dict[str, int] = {}
     names = {_name(x) for x in model["layers"]}
@@ -274,7 +274,7 @@ def _assign_weights(model, entries: list[dict], file_format, root) -> Iterator[W
         if [tuple(v.shape) for v in variables] != [a.shape for a in arrays]:
             raise ValueError(
                 f"Expected weights of the shapes {[tuple(v.shape) for v in variables]} for "
-                f"'{layer.name}'. Received from the file: {[a.shape for a in arrays]}"
+                f"'{layer.name}'. Received: weights of the shapes {[a.shape for a in arrays]}"
             )
         for variable, array in zip(variables, arrays):
             variable.assign(array)
@@ -350,7 +350,8 @@ class _KerasFormat:
 
     def state(self, group, entry):
         arrays = _numbered(group)
-        # The arrays are n pruned weights, then n pairs of mask and threshold, then the step count.
+        # The group stores n pruned weights, then n masks, each followed by a threshold, and then
+        # the step count.
         n = (len(arrays) - 1) // 3
         return arrays[n:-1:2], int(arrays[-1])
 

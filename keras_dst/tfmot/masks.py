@@ -25,10 +25,11 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
         pooling: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks by their
             largest magnitude.
 
-    If the block size does not divide an axis, tfmot splits the padding between both ends of the
-    axis. The windows that tfmot pools begin with the padding, but the blocks that tfmot masks begin
-    at the first entry. The windows are therefore shifted relative to the blocks. To compute the
-    same masks, this function shifts the windows like tfmot.
+    If the block size does not divide an axis, tfmot pads both ends of the axis before it computes
+    the magnitudes of the blocks. The first block can then begin with padding. When tfmot applies
+    the mask, however, the first block begins with the first entry of the weight. The magnitudes are
+    thus computed from shifted blocks. This function shifts the blocks in the same way, so its masks
+    equal the masks of tfmot.
     """
     pooled = np.abs(w)
     for axis, length in enumerate(block_size):
@@ -40,8 +41,8 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
 
 
 def _pool(values, axis, length, reduce):
-    """Reduce every window of `length` entries along one axis. The axis is padded equally at both
-    ends."""
+    """Pad both ends of an axis, and reduce every `length` consecutive entries along the axis to one
+    value."""
     windows = -(-values.shape[axis] // length)
     missing = windows * length - values.shape[axis]
     padding = [(0, 0), (0, 0)]

@@ -88,7 +88,8 @@ def _graph_in(operation):
 
 
 def _fed_tensors(graph, found: dict[Any, list]) -> dict[Any, list]:
-    """Map each InputLayer of a nested model to the tensors that are passed to the nested model."""
+    """Return a dict that maps each InputLayer of a nested model to the outer tensors that become
+    its input."""
     for node in _keras.nodes_in_order(graph):
         if inner := _graph_in(node.operation):
             for tensor, fed in zip(inner.inputs, node.input_tensors):
@@ -133,11 +134,11 @@ def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list
 def _first_on_every_path(starts, is_wanted, neighbors) -> list:
     """Follow every path of the graph to the first operation for which `is_wanted` returns True.
 
-    Return a list of these operations. Return an empty list if a path ends without such an
+    Return the operations that were found, or an empty list if a path ends without such an
     operation.
     """
     found, queue = [], list(dict.fromkeys(starts))
-    # The loop body appends operations to `queue`, and the loop visits them, too.
+    # The loop body appends operations to `queue`, and the loop also visits the appended operations.
     for operation in queue:
         if is_wanted(operation):
             found.append(operation)
@@ -149,8 +150,8 @@ def _first_on_every_path(starts, is_wanted, neighbors) -> list:
 
 
 def _is_start(layer, producers) -> bool:
-    """Return whether a layer is the convolution with stride 2 that must come first in sparse
-    inference with XNNPACK."""
+    """Return whether a layer is the 3x3 convolution with stride 2 with which sparse inference in
+    XNNPACK must begin."""
     return (
         isinstance(layer, layers.Conv2D)
         and tuple(layer.kernel.shape[:3]) == (3, 3, 3)

@@ -68,7 +68,7 @@ def prune_low_magnitude(
     if kwargs:
         raise TypeError(
             f"Unexpected arguments {sorted(kwargs)}. Set the input shape with keras.Input(shape) "
-            "before the layer, and pass other arguments to the layer itself."
+            "before the layer, and pass arguments of the layer to the constructor of the layer."
         )
     if pruning_policy is not None and not isinstance(pruning_policy, PruningPolicy):
         raise TypeError(
@@ -142,7 +142,7 @@ def prunable_layers(layers, method: PruneLowMagnitude) -> list:
 class _PrunedOnBuild(_keras.BuildHook):
     """Mixin for layers that are not built yet when they are prepared for pruning, such as `LSTM`.
 
-    The inner layers are pruned when the layer is built.
+    When such a layer is built, its inner layers are prepared for pruning.
     """
 
     stock: type
@@ -155,9 +155,10 @@ class _PrunedOnBuild(_keras.BuildHook):
 
     def get_config(self):
         raise ValueError(
-            f"'{self.name}' is pruned when it is built, and has no config before it is built. "
-            "Build the layer first: add it to a model with keras.Input, or call it on data. To "
-            "prune a layer inside a wrapper such as Bidirectional, prune the wrapper."
+            f"'{self.name}' has no config yet, because prune_low_magnitude takes effect only when "
+            "the layer is built. Build the layer first: add it to a model with keras.Input, or "
+            "call it on data. To prune a layer inside a wrapper such as Bidirectional, prune the "
+            "wrapper."
         )
 
 
