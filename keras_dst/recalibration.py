@@ -18,12 +18,12 @@ from keras_dst.surgery import check_model
 def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
     """Estimate the moving statistics of all BatchNormalization layers again, in one pass over data.
 
-    One-shot pruning and `shrink` change the inputs of BatchNormalization layers, so their moving
-    means and variances are no longer correct. The new statistics are averages over the means and
-    variances of all batches, weighted by the number of samples. The `momentum` of the layers has no
-    effect. All other layers run in inference mode, so that dropout, for example, is inactive.
-    Frozen BatchNormalization layers and all other weights do not change. After an error or an
-    interrupt, the old statistics are restored.
+    One-shot pruning and `shrink` change the inputs of BatchNormalization layers. The moving means
+    and variances of these layers are then no longer correct. The new statistics are averages over
+    the means and variances of all batches, weighted by the number of samples. The `momentum` of the
+    layers has no effect. All other layers run in inference mode, so that dropout, for example, is
+    inactive. Frozen BatchNormalization layers and all other weights do not change. After an error
+    or an interrupt, the old statistics are restored.
 
     Args:
         model: A built Keras 3 model: dense, sparse, stripped or shrunk. If the model was trained
@@ -87,8 +87,7 @@ def _normalizations(model) -> list:
         raise ValueError(
             f"Expected a model with trainable BatchNormalization layers. Received: '{model.name}' "
             f"with {len(found)} BatchNormalization layers, none of which is trainable. Fix: set "
-            "layer.trainable = True, or do not call recalibrate, because other layers have no "
-            "moving statistics."
+            "layer.trainable = True for its BatchNormalization layers, or do not call recalibrate."
         )
     for layer in trained:
         if getattr(layer, "renorm", False):
@@ -105,7 +104,7 @@ def _statistics(layer) -> list:
 
 @contextlib.contextmanager
 def _averaging(layer) -> Iterator[None]:
-    """Let a BatchNormalization layer average the statistics of all its calls inside the context.
+    """Average the batch statistics of a BatchNormalization layer over all its calls in the context.
 
     In each call, the momentum is the number of samples before the call, divided by the number of
     samples including the call. At the end, the moving mean and variance are averages over all
@@ -115,7 +114,8 @@ def _averaging(layer) -> Iterator[None]:
 
     def averaged(inputs, *args, **kwargs):
         nonlocal samples
-        # Reset infinite moving statistics to 0, because momentum 0 times infinity is NaN.
+        # Set the moving statistics to 0 before the first call. The momentum of the first call is 0,
+        # and 0 times an infinite statistic would be NaN.
         if not samples:
             for variable in _statistics(layer):
                 variable.assign(np.zeros(variable.shape))

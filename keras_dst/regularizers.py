@@ -15,9 +15,9 @@ __all__ = ["Budget", "Polarization", "ThresholdPenalty"]
 class ThresholdPenalty(keras.regularizers.Regularizer):
     """Sparse regularization term of DST, `alpha * sum(exp(-t))`, which increases thresholds.
 
-    Deviation from the paper: below `t = -1`, the exponential is continued by its tangent. The
-    magnitude of the gradient is therefore at most `alpha * e`, and the penalty does not overflow
-    for large negative thresholds.
+    Deviation from the paper: for thresholds below -1, the tangent of `exp(-t)` at -1 replaces
+    `exp(-t)`. The magnitude of the gradient is therefore at most `alpha * e`, and the penalty does
+    not overflow for large negative thresholds.
 
     Args:
         alpha: Weight of the penalty, a number >= 0 or a scalar variable. Defaults to 5e-4.

@@ -46,9 +46,9 @@ _FORMAT = 1
 def save_sparse(model, path, include_optimizer: bool = False) -> None:
     """Save a model in one file that stores only its nonzero weights.
 
-    A float32 tensor takes about (density + 1/32) times the bytes of the dense tensor. The file is
-    written atomically, so an error leaves no incomplete file. All pruned weights are zero in the
-    file. If the values of pruned weights are needed later, use `model.save` instead.
+    A float32 weight tensor of density d takes about (d + 1/32) times the bytes of the dense tensor.
+    The file is written atomically, so an error leaves no incomplete file. All pruned weights are
+    zero in the file. If the values of pruned weights are needed later, use `model.save` instead.
 
     Args:
         model: Built Keras 3 model: sparse, stripped or dense.
@@ -132,7 +132,7 @@ def load_sparse(path, custom_objects=None, safe_mode: bool = True) -> keras.Mode
                     raise ValueError(f"the checksum of {damaged} differs")
                 structure = json.loads(sparse.read(_STRUCTURE))
                 if structure["format"] != _FORMAT:
-                    raise ValueError(f"the format is {structure['format']}, not {_FORMAT}")
+                    raise ValueError(f"its format version is {structure['format']}, not {_FORMAT}")
                 tensors = safetensors.load(sparse.read(_SAFETENSORS))
                 with zipfile.ZipFile(dense, "w") as archive:
                     for name in sparse.namelist():
@@ -161,7 +161,8 @@ def _damaged(path, error) -> ValueError:
 
 
 def _safetensors():
-    """Import safetensors, and return a namespace with its `save`, `load` and `SafetensorError`."""
+    """Import safetensors, and return an object with its attributes `save`, `load` and
+    `SafetensorError`."""
     try:
         import safetensors
         import safetensors.numpy
@@ -213,7 +214,7 @@ def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str
         entry["sparse"] = bool(
             bitmap.nbytes + np.count_nonzero(kept) * values.itemsize < values.nbytes
         )
-        if values.dtype.kind == "b":  # A bitmap is enough for boolean values.
+        if values.dtype.kind == "b":  # The bitmap contains all values of a boolean tensor.
             tensors[f"{name}:bitmap"] = bitmap
             entry["sparse"] = True
         elif entry["sparse"]:
