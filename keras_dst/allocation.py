@@ -60,10 +60,10 @@ def densities(
     Args:
         allocation: `"uniform"` gives all weights the same density. `"erk"` (Erdős-Rényi-Kernel)
             gives densities proportional to `sum(shape) / prod(shape)`, at most 1. With `"erk"`,
-            small weight tensors have a higher density. A dict maps weight names to sparsities. The
-            density of weights that match no name is `density`. A name is the path of a weight, or a
-            regular expression that matches any part of a path. If several names in the dict match a
-            weight, the last matching name applies.
+            small weight tensors have a higher density. A dict maps weight names to sparsities.
+            Weights whose names are not in the dict get the density `density`. A name is the path of
+            a weight, or a regular expression that matches any part of a path. If several names in
+            the dict match a weight, the last matching name applies.
         shapes: Shapes of the weights.
         density: Fraction of all weights that is kept.
         names: Paths of the weights. The paths are needed only if the allocation is a dict.
@@ -96,8 +96,8 @@ def _erk(shapes, density):
     raw = np.array([sum(s) for s in shapes], "float64") / sizes
     full = np.zeros(len(sizes), bool)
     while True:
-        # Weight tensors whose density would exceed 1 stay dense. The rest of the budget is
-        # distributed over the other weight tensors.
+        # Weight tensors whose density would exceed 1 stay dense. `budget` is the number of entries
+        # that the other weight tensors keep together.
         budget = density * sizes.sum() - sizes[full].sum()
         result = np.where(full, 1.0, 0.0)
         if not full.all():
@@ -108,7 +108,7 @@ def _erk(shapes, density):
 
 
 def by_name(allocation: Mapping[str, float], density: float, names: Sequence[str]) -> np.ndarray:
-    """Return the density of every weight, which is `density` if no name matches."""
+    """Return one density per weight, which is `density` if the dict does not name the weight."""
     result = np.full(len(names), float(density))
     for key, sparsity in allocation.items():
         fitting = [i for i, name in enumerate(names) if key == name]
@@ -128,21 +128,21 @@ def kept_counts(
     names: Sequence[str] = (),
     final_sparsity: float | None = None,
 ) -> np.ndarray:
-    """Return the number of entries to keep per weight, or a single total for `"global"` (int64).
+    """Return how many entries to keep in each weight tensor, or a single total for `"global"`.
 
-    A dict gives every named weight its own sparsity. For any other allocation, the sum of the
-    counts is exactly `round((1 - sparsity) * size)`. The symbol `size` stands for the number of
-    entries in all weights.
+    The returned numbers are int64. A dict gives every named weight its own sparsity. With any other
+    allocation, the sum of the returned numbers is exactly `round((1 - sparsity) * size)`. The
+    symbol `size` stands for the number of entries in all weights.
 
     Args:
         allocation: See `densities`.
         shapes: Shapes of the weights.
         sparsity: Current fraction of zeros.
         names: Paths of the weights, which are needed only if the allocation is a dict.
-        final_sparsity: Final fraction of zeros. The sparsities in a dict are final values. As long
-            as `sparsity` is below its final value, each sparsity in the dict is multiplied by
-            `sparsity / final_sparsity`. Defaults to None, which means that the sparsities in the
-            dict apply unchanged.
+        final_sparsity: Final fraction of zeros. The sparsities in an allocation dict apply at the
+            end of the schedule. As long as `sparsity` is below its final value, each sparsity in
+            the dict is multiplied by `sparsity / final_sparsity`. Defaults to None, which means
+            that the sparsities in the dict are used without this factor.
 
     Example:
         >>> keras_dst.allocation.kept_counts("uniform", [(10, 10), (30, 10)], 0.9)
@@ -162,20 +162,20 @@ def kept_counts(
     counts = np.floor(exact + 1e-9).astype("int64")
     by_name = isinstance(allocation, Mapping)
     total = round(float(exact.sum()) if by_name else (1 - sparsity) * int(sizes.sum()))
-    # Largest-remainder method: the entries that are left after rounding down go to the weights with
-    # the largest remainders.
+    # Round by the largest-remainder method: the entries that are left after rounding down go to the
+    # weight tensors with the largest remainders.
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: max(0, total - int(counts.sum()))]] += 1
     return np.minimum(counts, sizes)
 
 
 def floor_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> np.ndarray:
-    """Return the minimum number of entries that a global ranking keeps in every weight (int64).
+    """Return the minimum number of entries that a global ranking keeps in each weight tensor.
 
-    A weight keeps at least one entry, and at least a quarter of the entries that `"erk"` would
-    keep. In a trained network, a global ranking rarely prunes a weight tensor down to this minimum.
-    Without a minimum, a global ranking at 98 % sparsity may keep so few entries of a layer that
-    hardly any signal passes.
+    A weight tensor keeps at least one entry, and at least a quarter of the entries that `"erk"`
+    would keep. The returned numbers are int64. In a trained network, a global ranking rarely prunes
+    a weight tensor down to this minimum. Without a minimum, a global ranking at 98 % sparsity may
+    keep so few entries of a layer that hardly any signal passes.
 
     Args:
         shapes: Shapes of the weights.
@@ -197,11 +197,12 @@ def equal_drop(
 ) -> np.ndarray:
     """Return one sparsity per weight tensor, so that the largest drop of the metric is minimal.
 
-    Every weight tensor is pruned until the metric drops by the same amount. The common drop is
-    chosen so that the total sparsity meets the target. Between the measured points, drops are
-    interpolated linearly. Before the search, negative drops of the metric become 0, and the curve
-    of each weight tensor is made non-decreasing by its running maximum. If several solutions have
-    the same largest drop, the function returns the most even sparsities.
+    Every weight tensor is pruned until the metric drops by the same amount. This drop of the metric
+    is chosen so that the total sparsity meets the target. Between two measured sparsities, the drop
+    of the metric is interpolated linearly. Before the search, negative drops of the metric become
+    0. At every sparsity, the drop of a weight tensor is then replaced by its largest drop at the
+    same or a lower sparsity. If several choices of sparsities have the same largest drop of the
+    metric, the function returns the most even sparsities.
 
     Args:
         sparsities: Sparsities at which the drops of the metric were measured, increasing from 0.
@@ -211,10 +212,11 @@ def equal_drop(
         sparsity: Fraction of zeros over all weights.
 
     Returns:
-        A float64 array in [0, max(sparsities)], with one number per weight.
+        A float64 array with one sparsity per weight tensor, in [0, max(sparsities)].
 
     Raises:
-        ValueError: If `sparsity` exceeds the highest measured sparsity, or if a drop is not finite.
+        ValueError: If `sparsity` exceeds the highest measured sparsity, or if a drop of the metric
+            is not a finite number.
 
     Example:
         >>> drops = [[0.0, 0.1, 0.5], [0.0, 0.0, 0.1]]
@@ -229,12 +231,12 @@ def equal_drop(
             f"Received: {sparsity:g}"
         )
     if not np.isfinite(drops).all():
-        raise ValueError(f"Expected drops that are finite numbers. Received: {drops.tolist()}")
+        raise ValueError(f"Expected finite drops of the metric. Received: {drops.tolist()}")
     drops = np.maximum.accumulate(np.maximum(drops, 0), axis=1)
     # Add a small slope, so that every curve is strictly increasing and therefore invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
-    # The sparsity of each weight tensor is a piecewise linear function of the drop, with corners at
-    # the drops in `common`.
+    # The sparsity of each weight tensor is a piecewise linear function of the drop of the metric.
+    # The corners of this function are at the drops in `common`.
     common = np.unique(drops)
     shares = np.array([np.interp(common, curve, grid) for curve in drops])
     return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

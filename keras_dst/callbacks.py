@@ -25,9 +25,10 @@ class SparseTraining(keras.callbacks.Callback):
 
     The pruning schedule extends over all steps of the first `fit`, unless `epochs` is given. A
     later `fit` continues the schedule. The callback updates the masks between training steps. The
-    progress bar and the history show `sparsity`, the sparsity of all weights that the method
-    prunes. If a method learns its sparsity and has a target, the last step adjusts the masks to
-    meet the target exactly. If a target was missed, a warning states the difference.
+    progress bar and the history show a metric `sparsity`: the fraction of zeros among all weights
+    that the method prunes. If a method learns its sparsity and has a target, the last step adjusts
+    the masks to meet the target exactly. If training misses the target, a warning states the
+    difference.
 
     Masks also apply to weights that other callbacks assign, such as the averages of
     `SwapEMAWeights`. At the end of training, `EarlyStopping(restore_best_weights=True)` may assign
@@ -43,7 +44,7 @@ class SparseTraining(keras.callbacks.Callback):
         epochs: Length of the schedule in epochs, for training that consists of several calls of
             `fit`. Defaults to None, which uses the number of epochs of the first `fit`.
         steps_per_epoch: Number of batches per epoch, for data of unknown length. Defaults to None,
-            in which case `fit` counts the batches in the first epoch.
+            in which case the batches are counted in the first epoch.
         metric_at_target: Name of a metric, such as `"val_accuracy"`, whose values count only after
             the target sparsity is reached. The log `"val_accuracy_at_target"` contains the value of
             the metric once the target sparsity is reached. In earlier epochs, the log contains
@@ -52,7 +53,7 @@ class SparseTraining(keras.callbacks.Callback):
             are sparse enough, and do not stop training too early. If the metric is measured on the
             training data, put `SparseTraining` first in the list of callbacks. Defaults to None.
         metric_mode: Direction in which `metric_at_target` improves, `"min"` or `"max"`. Defaults to
-            None, which uses the direction that the compiled metric defines.
+            None, in which case the metric in `compile` defines the direction.
         keep_memory: If True, training steps reuse freed memory, which the process returns to the
             system only after `fit`. The setting belongs to the C library and applies to the whole
             process. The setting has an effect only on Linux with glibc, and only if no environment
@@ -149,8 +150,8 @@ class SparseTraining(keras.callbacks.Callback):
                 self.model, name, functools.partial(AtomicSave, prepare=self._reapply_masks)
             )
         if self.metric_at_target and self.metric_at_target.startswith("val_"):
-            # Add the metric to the logs of `evaluate`, so that callbacks which run before this
-            # callback also see the metric.
+            # Add the `_at_target` metric to the logs of `evaluate`, so that callbacks which run
+            # before this callback also see the metric.
             fit.replace(self.model, "evaluate", self._with_metric_at_target)
         if fit.history is not None:
             # EarlyStopping may restore other weights in its `on_train_end`. The `on_train_end` of
@@ -235,14 +236,14 @@ class SparseTraining(keras.callbacks.Callback):
     # --------------------------------------------------------------------------------------------
 
     def _sync(self):
-        """On JAX, assign the state of the running `fit` to the variables of the model."""
+        """On JAX, copy the current weights of the running `fit` to the variables of the model."""
         _ = self.model
 
     def _steps(self, epochs=None):
         """Return the number of steps in `epochs` epochs, or in the current `fit` if `epochs` is
         None.
 
-        The result is None if the number is unknown.
+        Return None if the length of an epoch is unknown.
         """
         if self._epoch_length is None:
             return None

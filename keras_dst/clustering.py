@@ -5,8 +5,8 @@ w_i = s_i c_{l_i}        l_i = argmin_k |w_i / s_i - c_k|        s_i = max |w| o
 ```
 
 One-dimensional k-means finds the values c_k. After pruning, no nonzero weights are close to zero.
-k-means therefore starts with values that are evenly spaced outside this gap. Deviations from the
-paper:
+k-means therefore starts with values that are evenly spaced outside this gap around zero. Deviations
+from the paper:
 
 * The values c_k are relative to s, the largest magnitude in each output channel. The values -1 and
   1 do not change. Quantization to int8 also divides each channel by s. All weights of a cluster
@@ -15,8 +15,8 @@ paper:
   Clustering therefore does not change the sparsity.
 * During fine-tuning, the optimizer updates each weight individually, so the weights of a cluster
   become different. After each step, c_k therefore becomes the mean of w / s over all weights of
-  cluster k. In the paper, the sum of the gradients of the weights in cluster k updates c_k. The
-  update in the paper and this update move c_k in the same direction.
+  cluster k. In the paper, the sum of the gradients of the weights in cluster k updates c_k. Both
+  kinds of updates, by the mean and by the gradients, move c_k in the same direction.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class KeepClusters(keras.callbacks.Callback):
         self._project()
 
     def _project(self):
-        _ = self.model  # On JAX, reading `self.model` copies the state of `fit` to the variables.
+        _ = self.model  # On JAX, reading `self.model` copies the weights of `fit` to the variables.
         for kernel in self._kernels or ():
             kernel.project()
 
@@ -203,7 +203,7 @@ def _clustered_kernel(variable, layout: Layout, clusters: int) -> _Kernel:
 def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     """Return the cluster centers of one-dimensional k-means, in ascending order.
 
-    If the numbers include -1 or 1, this number is also a center.
+    If -1 or 1 is among the numbers, it is also one of the cluster centers.
 
     Args:
         numbers: Nonzero weights in ascending order, each divided by the largest magnitude of its
@@ -240,9 +240,9 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def _means(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return the mean of each section of an array.
+    """Return the mean of each section of the array `numbers`.
 
-    `starts` holds the index of the first entry of each section.
+    `starts` holds the index of the first number in each section.
     """
     return np.add.reduceat(numbers, starts) / np.diff(starts, append=len(numbers))
 
@@ -256,7 +256,7 @@ def _with_fixed_ends(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def _nearest(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return the index of the value that is nearest to each of the numbers."""
+    """Return, for each number, the index of the nearest value."""
     return np.searchsorted((values[1:] + values[:-1]) / 2, numbers, side="right")
 
 

@@ -53,8 +53,8 @@ class Layout(_Axes):
         outputs: Axes of the output units. Defaults to the last axis.
         inputs: Axes of the input channels. Defaults to the second to last axis.
         channels: For coupled channels, the channel that each output unit computes (see
-            `keras_dst.methods.channels`). Defaults to None, which means that every unit is pruned
-            separately.
+            `keras_dst.methods.channels`). Defaults to None, which means that every output unit is
+            pruned separately.
 
     Raises:
         ValueError: If the axes are not tuples of negative whole numbers, or if an axis occurs
@@ -195,7 +195,8 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
     Args:
         gradient: Gradient of the masked weight, a float tensor.
         mask: Boolean tensor in the shape of `gradient`, true for kept entries.
-        limit: Largest ratio of a pruned entry to the root mean square of the kept entries.
+        limit: Largest magnitude of a pruned entry, divided by the root mean square of the kept
+            entries.
 
     Example:
         >>> g, mask = keras.ops.array([1.0, -1.0, 300.0]), keras.ops.array([True, True, False])
@@ -217,7 +218,8 @@ def with_limited_gradient(w: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
     Args:
         w: Masked weight, a float tensor.
         mask: Boolean tensor in the shape of `w`, true for kept entries.
-        limit: Largest ratio of a pruned entry to the root mean square of the kept entries.
+        limit: Largest magnitude of a pruned entry, divided by the root mean square of the kept
+            entries.
 
     Example:
         >>> keras_dst.masks.with_limited_gradient(w * mask, mask, 10.0)
@@ -320,7 +322,7 @@ class Pattern:
 
     @property
     def grouped(self) -> bool:
-        """Whether the groups of the pattern contain several weights."""
+        """Whether the pattern keeps or prunes several weights together."""
         return self.name == "channel" or math.prod(self._block) > 1
 
     def block(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, ...]:
@@ -349,7 +351,8 @@ class Pattern:
         return pool(scores, self.block(scores.shape, layout))
 
     def sizes(self, shape: Sequence[int], layout: Layout = KERNEL) -> np.ndarray:
-        """Return the number of weights in every group, as int32 in the shape of `scores`."""
+        """Return the number of weights in every group, as an int32 array with one entry per
+        group."""
         return _block_sizes(shape, self.block(shape, layout))
 
     def expand(self, groups: Tensor, shape: Sequence[int], layout: Layout = KERNEL) -> Tensor:
@@ -362,7 +365,7 @@ class Pattern:
 
 def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> np.ndarray:
     if max(block, default=1) == 1:
-        # Broadcast the array, because a broadcast array needs the memory of a single number.
+        # Every block has one weight. A broadcast array of ones needs the memory of a single number.
         return np.broadcast_to(np.int32(1), shape)
     sizes = np.ones([1] * len(shape), "int32")
     for axis, (n, b) in enumerate(zip(shape, block)):
@@ -423,7 +426,8 @@ def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
         scores: Float tensor with a static shape.
         n: Number of scores to keep in each group.
         m: Number of scores in each group.
-        axis: Axis of the groups. Defaults to -2, the input axis of a Keras kernel.
+        axis: Axis along which consecutive scores form groups. Defaults to -2, the input axis of a
+            Keras kernel.
 
     Returns:
         A boolean tensor in the shape of `scores`.

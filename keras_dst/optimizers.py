@@ -91,8 +91,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.states: list[State] = []
         # SparseTraining later replaces the default axes by the axes that the layers define.
         self.layouts: list[Layout] = []
-        # One entry per bias or scale of coupled channels: the index of its variable, the channel
-        # axis, and the channels along this axis.
+        # One tuple per bias or normalization scale of coupled channels: the index of the variable,
+        # its channel axis, and the channels along this axis.
         self._followers: list[tuple[int, int, np.ndarray]] = []
         self._scales = channels.Scales([], [])
         self.step: Any = None
@@ -102,7 +102,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._initial_update = True
         self.inner_optimizer = inner_optimizer
 
-    # -- attributes of the inner optimizer -------------------------------------------------------
+    # -- attributes that come from the inner optimizer -------------------------------------------
 
     def __getattr__(self, name):
         inner = vars(self).get("inner_optimizer")
@@ -156,8 +156,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.inner_optimizer.update_step(gradient, variable, learning_rate)
 
     def finalize_variable_values(self, var_list):
-        # The inner optimizer may assign averages of the weights, or other weights that are to be
-        # evaluated.
+        # The inner optimizer may overwrite the weights, for example with their moving averages.
         self.inner_optimizer.finalize_variable_values(var_list)
         # Keras calls this function even after a failed training step, which leaves variables
         # without values.
@@ -198,14 +197,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         steps = self.method.span(None)[1] if in_steps else None
         for kernel, extra in zip(kernels, self._state_specs(kernels, steps)):
             states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
-        # Number of finished steps, and length of the schedule, which is 0 until SparseTraining sets
-        # the length.
+        # `step` is the number of finished training steps. `total` is the length of the schedule in
+        # steps, or 0 until SparseTraining sets the length.
         self.step = self.add_variable((), "zeros", "int32", name="step")
         self.total = self.add_variable((), "zeros", "int32", name="total")
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
-        # `super().build` is not used, because it would add averages and accumulators of the inner
-        # optimizer.
+        # Do not call `super().build`, because it would create moving averages and gradient
+        # accumulators, which only the inner optimizer needs.
         _keras.set_trained_variables(self, variables)
         self.built: bool = True
         self.kernel_indices = kernel_indices
@@ -225,8 +224,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             layouts: Axes and channels of all kernels.
             followers: Variables that are pruned together with the channels, such as biases. Each
                 variable is given as a tuple `(variable, axis, index)`. `axis` is the channel axis
-                of the variable, and `index[i]` is the channel of position i along `axis`. The index
-                is -1 for entries without a channel. Defaults to no variables.
+                of the variable, and `index[i]` is the channel of position i along `axis`. Entries
+                of the variable that belong to no channel have the index -1. Defaults to no
+                variables.
             model_known: Whether the layouts come from the layers of a model. If False, the layouts
                 contain default axes. Defaults to False.
         """
@@ -248,7 +248,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return target == 0 and not isinstance(method.allocation, Mapping)
 
     def _state_specs(self, kernels, steps=None) -> list[dict[str, tuple[Any, str]]]:
-        """Return the initial value of every state, and a dtype that all devices support."""
+        """Return the initial value and the dtype of every state. All devices support this dtype."""
         return [
             {name: (initial, counter_dtype(k, dtype)) for name, (initial, dtype) in specs.items()}
             for k, specs in zip(kernels, self.method.init(kernels, steps))
@@ -260,7 +260,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for name, (initial, dtype) in specs.items():
             if initial == "value":
                 initial = _copy_of(kernel)
-            # Every replica computes the same state values, so the replicas need not exchange them.
+            # Every replica of the model computes the same masks and counters, so the replicas need
+            # not exchange them.
             with placed_like(kernel):
                 state[name] = self.add_variable(
                     kernel.shape, initial, dtype, name=f"{prefix}_{name}"
@@ -268,7 +269,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return state
 
     def set_training_length(self, steps: int) -> None:
-        """Before the first step, choose dtypes for the states that suit the length of the training
+        """Before the first step, give the counters a dtype that fits the length of the training
         run.
 
         Keras builds an optimizer before the length of training is known.
@@ -287,8 +288,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return [_keras.trained_variables_of(self)[i] for i in self.kernel_indices]
 
     def trained(self) -> tuple[list, list[State], list[Layout], list[str]]:
-        """Return the kernels whose masks are updated, and their states, axes and paths, as four
-        lists.
+        """Return four lists: the kernels whose masks are updated, and their states, axes and paths.
 
         If a kernel was frozen after the optimizer was built, its mask does not change.
         """
@@ -392,8 +392,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._plan_updates()
 
     def _plan_updates(self) -> None:
-        """Compute the steps, targets and weight counts of all mask updates once, outside of
-        compiled training steps."""
+        """Compute the step, the target sparsity and the number of kept weights of every mask
+        update. This function runs outside of compiled training steps."""
         method: Any = self.method
         schedule = method.schedule
         kernels, _, layouts, names = self.trained()
@@ -462,7 +462,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.update_masks(changes)
 
     def _check_channels(self) -> None:
-        """Warn or raise an error if channels are ranked without knowledge of the model."""
+        """Warn or raise an error if the method prunes channels but the optimizer does not know the
+        model."""
         if self.method.pattern != "channel" or self._model_known:
             return
         fix = (
@@ -477,7 +478,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         warnings.warn(
             f"{self.method!r}: the optimizer does not know its model. The channels of each layer "
             "are therefore ranked separately, so that `shrink` can remove few channels. The "
-            f"layers that give the outputs of the model are pruned too. {fix}",
+            f"layers that compute the outputs of the model are pruned too. {fix}",
             stacklevel=2,
         )
 
@@ -518,7 +519,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             if start is not None:
                 value = ops.convert_to_tensor(kernel)
                 self.assign(kernel, ops.where(grown, ops.cast(start, value.dtype), value))
-            # If a pruned weight is restored, its average starts at the current value of the weight.
+            # If a pruned weight is restored, its moving average starts at the current value of the
+            # weight.
             if averages:
                 value = ops.convert_to_tensor(kernel)
                 self._mask_average(kernel, state, ops.where(pruned, value, 0))
@@ -549,8 +551,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def reapply_masks(self) -> None:
         """Set the pruned weights to zero again, after other code assigned values to the weights.
 
-        The function also copies the assigned values of kept weights to states that store copies of
-        weights, such as the dense weights of `Magnitude(revival=True)`.
+        Some methods store a copy of the weights, such as `Magnitude(revival=True)`. This function
+        also updates the kept weights in the copy.
         """
         for kernel, state, specs in zip(self.kernels, self.states, self._state_specs(self.kernels)):
             value, mask = ops.convert_to_tensor(kernel), _mask_of(state)
@@ -587,10 +589,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def get_config(self):
         filters = self.filters
         if filters is not None and self.built:
-            # Save the paths that the filter selected, because a file cannot hold code. The paths
-            # are joined to a single regular expression, because each expression in a list has to
-            # match a weight. The path of a frozen weight matches no weight of the loaded optimizer,
-            # which does not train frozen layers.
+            # Save the paths that the filter selected, because a file cannot hold a Python function.
+            # The paths are joined to a single regular expression, because each expression in a list
+            # has to match a weight. The path of a frozen weight matches no weight of the loaded
+            # optimizer, which does not train frozen layers.
             known = [_path_of(v) for v in _keras.trained_variables_of(self) if is_kernel(v)]
             chosen = "|".join(_suffix_pattern(name, known) for name in self.kernel_names)
             filters = [chosen] if chosen else []
@@ -616,7 +618,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
 
 class _Timetable:
-    """Table of the mask updates of a training run whose schedule is given in steps.
+    """Timetable of all mask updates, for a schedule that is given in steps.
 
     Attributes:
         clock: Object that computes the steps at which masks are updated.
@@ -629,10 +631,9 @@ class _Timetable:
         self.clock, self.steps, self.targets, self.kept = clock, steps, targets, kept
 
     def look_up(self, step):
-        """Return whether a mask update is due at a step, and the index of the update in the
-        timetable.
+        """Return whether a mask update is due at a step, and its index in `targets` and `kept`.
 
-        Both are tensors.
+        Both returned values are tensors.
         """
         steps = ops.convert_to_tensor(self.steps)
         periodic = ops.equal(ops.mod(step - self.clock.first, self.clock.period), 0)
@@ -739,7 +740,7 @@ def exclude_from_decay(optimizer, variables) -> None:
 
 
 def tensors_of(state: State) -> dict[str, Any]:
-    """Return the current values of the variables of a state, as a dict by name."""
+    """Return the current value of every variable in a state, as a dict with the same names."""
     return {name: ops.convert_to_tensor(value) for name, value in state.items()}
 
 

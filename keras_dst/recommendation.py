@@ -2,9 +2,10 @@
 
 Recommendations are based on measured figures in the folder results/, which is not installed with
 the package. The tables in this module are copies of the measured figures. A test compares the
-tables with results/. `Figure.method` names the pruning method with the highest mean accuracy, with
-one exception. Magnitude has the lowest training cost. `Figure.method` therefore names Magnitude if
-the best method leads Magnitude by at most the sum of their standard deviations.
+tables with results/. `Figure.method` names the pruning method with the highest mean accuracy. If
+Magnitude is nearly as accurate, `Figure.method` names Magnitude, which has the lowest training
+cost. Nearly as accurate means that its mean accuracy is lower by at most the sum of the two
+standard deviations.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Figure:
             trained.
         compared: Number of compared pruning methods. Variants count as methods.
         seeds: Number of training runs per method, each with its own seed.
-        source: Name of the folder in results/ that contains the runs.
+        source: Name of the folder in results/ that contains the measured training runs.
     """
 
     method: str
@@ -84,10 +85,10 @@ FIGURES = (
 )
 
 #: Costs of the network `_WIDE_RESNET8` on edge devices, relative to the dense int8 file, from
-# results/micro. The outer dict has one entry per export target. The keys of each inner dict are
-# sparsities in percent, or patterns. For an NPU, each pair holds the ratio of the bytes of the
-# weights and the ratio of the cycles, both estimated by Vela. For `micro` (TFLM), each pair holds
-# the ratio of the bytes of the file and the ratio of the bytes of the arena.
+# results/micro. The keys of the dict are export targets. The keys of each nested dict are
+# sparsities in percent, or patterns. For an NPU, the two numbers are the relative size of the
+# weights and the relative number of cycles, both estimated by Vela. For `micro` (TFLM), the two
+# numbers are the relative size of the file and the relative size of the tensor arena.
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     "micro": {"80": (0.338, 4.897), "90": (0.247, 4.897), "95": (0.202, 4.897)},
     "ethos-u55-128": {
@@ -104,7 +105,7 @@ TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 _CPUS = ("host", "arm", "any")
-# Measured NPU of each NPU family, for example ethos-u55-128 for ethos-u55.
+# For each family of NPUs, the NPU that was measured: for example, ethos-u55-128 for ethos-u55.
 _FAMILIES = {name[:9]: name for name in TARGETS if name != "micro"}
 
 
@@ -115,8 +116,8 @@ class Recommendation:
     Attributes:
         method: Python expression that creates the method, such as `"DCIL(sparsity=0.95)"`.
         figure: Measured comparison of pruning methods.
-        notes: Sentences that describe how the measured case differs from the request, and notes
-            about the target.
+        notes: Sentences about the differences between the measured training run and your training
+            run, and about the target.
     """
 
     method: str
@@ -139,8 +140,8 @@ def recommend(
     """Return the pruning method with the highest measured accuracy in a similar training run.
 
     If no training run was measured with the requested arguments, the function uses the most similar
-    measured run, and adds a note. To find this run, the function compares the pattern first, then
-    the number of epochs, then the density.
+    measured run, and adds a note. The most similar run has the most similar pattern, then the most
+    similar number of epochs, then the most similar density.
 
     Args:
         sparsity: Fraction of weights to prune, between 0 and 1.
@@ -199,7 +200,7 @@ def _measured_pattern(name: str, sparsity: float) -> str:
         kept, of = pattern.n_of_m
         if not math.isclose(sparsity, 1 - kept / of):
             raise ValueError(
-                f"The pattern {name} has the sparsity {1 - kept / of:g}. Received: "
+                f"The pattern {name} fixes the sparsity at {1 - kept / of:g}. Received: "
                 f"sparsity={sparsity!r}. Fix: pass the sparsity of the pattern, or pass "
                 "another pattern."
             )

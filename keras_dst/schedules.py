@@ -16,16 +16,17 @@ __all__ = ["Constant", "Cubic", "Geometric", "Schedule", "Sigmoid"]
 class Schedule(Configurable):
     """Base class of all schedules: pure functions from a fraction of training to a sparsity.
 
-    A subclass overrides `curve`, which maps progress in [0, 1] to a value in [0, 1]. The value 0
-    means that the sparsity is `initial_sparsity`, and 1 means that the sparsity is `sparsity`.
+    A subclass overrides `curve`, which maps progress in [0, 1] to a value in [0, 1]. If `curve`
+    returns 0, the sparsity is `initial_sparsity`. If `curve` returns 1, the sparsity is the final
+    `sparsity`.
 
     Args:
         sparsity: Final fraction of zeros, in [0, 1).
         initial_sparsity: Sparsity before the schedule begins, in [0, sparsity]. Defaults to 0.
         begin: Fraction of training, in [0, 1], after which the sparsity begins to change. Defaults
-            to None, which means 0.
+            to None, which means the beginning of training (0).
         end: Fraction of training, in [0, 1], after which the sparsity is final. Defaults to None,
-            which means 0.75.
+            which means three quarters of training (0.75).
         begin_step: Step after which the sparsity begins to change. A custom loop without the
             `SparseTraining` callback needs `begin_step` and `end_step`, which cannot be combined
             with `begin` and `end`. Defaults to None.
@@ -100,7 +101,7 @@ class Schedule(Configurable):
         return first, self._default_end if self.end is None else self.end
 
     def curve(self, progress):
-        """Return the fraction of the change in sparsity that is finished at `progress`.
+        """Return which fraction of the change from the initial to the final sparsity is finished.
 
         Args:
             progress: Position between the beginning (0) and the end (1) of the schedule, a number
@@ -153,7 +154,7 @@ class Schedule(Configurable):
     def jumps(self, total_steps: int | None) -> list[int]:
         """Return the steps at which the sparsity jumps.
 
-        For a smooth schedule, the list is empty.
+        For a schedule without jumps, the returned list is empty.
         """
         return []
 
@@ -172,7 +173,7 @@ class Constant(Schedule):
     Args:
         sparsity: Fraction of zeros, in [0, 1).
         begin: Fraction of training after which the weights are pruned. Defaults to None, which
-            means 0.
+            means the beginning of training (0).
         begin_step: Step after which the weights are pruned. `begin_step` cannot be combined with
             `begin`. Defaults to None.
 
@@ -199,7 +200,8 @@ class Constant(Schedule):
 class Cubic(Schedule):
     """Schedule that prunes fast at first and slowly at the end.
 
-    The sparsity is `s_f + (s_i - s_f)(1 - progress)**3`, from `s_i` to `s_f`.
+    The sparsity is `s_f + (s_i - s_f)(1 - progress)**3`, from the initial sparsity `s_i` to the
+    final sparsity `s_f`.
 
     Example:
         >>> keras_dst.schedules.Cubic(0.8, end=1.0)(0.5)
@@ -251,15 +253,15 @@ class Geometric(Schedule):
             return progress
         if self.rate is None:
             return (1.0 - left**progress) / (1.0 - left)
-        # The first jump is one interval after the beginning of the schedule, and the last jump is
-        # at its end.
+        # The jumps are equally spaced. The last jump of the sparsity is at the end of the schedule,
+        # and no jump is at its beginning.
         done = np.floor(progress * self.jump_count + 1e-9)
         density = np.where(done < self.jump_count, (1.0 - self.rate) ** done, left)
         return (1.0 - density) / (1.0 - left)
 
     @property
     def jump_count(self) -> int:
-        """Number of jumps, which is defined only if `rate` is given."""
+        """Number of jumps of the sparsity, which is defined only if `rate` is given."""
         left = (1.0 - self.sparsity) / (1.0 - self.initial_sparsity)
         return max(1, math.ceil(math.log(left) / math.log(1.0 - self.rate) - 1e-9))
 
@@ -276,7 +278,8 @@ class Sigmoid(Schedule):
     """Schedule along a logistic curve: slow at the beginning and at the end.
 
     The paper's curve `sigmoid(steepness * (progress - 1/2))` is stretched so that it begins at
-    exactly 0 and ends at exactly 1. `end` defaults to None, which means 1.
+    exactly 0 and ends at exactly 1. By default, the sparsity is final at the end of training
+    (`end=1`).
 
     Args:
         steepness: Steepness of the curve: the paper's `beta` times its number of epochs. Defaults
@@ -337,8 +340,8 @@ def check_sparsity(value, name: str = "sparsity", alternative: str = "") -> None
     Args:
         value: Argument to check. Booleans are not accepted.
         name: Name of the argument for the error message.
-        alternative: Text that names other allowed values and is added to the error message.
-            Defaults to an empty string.
+        alternative: Text about other allowed values, which is added to the error message. By
+            default, no text is added.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(

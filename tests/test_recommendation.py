@@ -142,7 +142,7 @@ def test_notes_on_targets():
         ((1.0, 3), "sparsity must be between 0 and 1"),
         ((0.9, 0), "epochs must be a whole number >= 1"),
         ((0.9, 3, "2x"), "pattern must be"),
-        ((0.9, 3, "2:4"), "The pattern 2:4 has the sparsity 0.5"),
+        ((0.9, 3, "2:4"), "The pattern 2:4 fixes the sparsity at 0.5"),
         ((0.9, 3, "channel", "gpu"), "target must be host, arm, any, "),
     ],
 )

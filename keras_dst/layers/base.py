@@ -25,7 +25,7 @@ else:
 class SparseWeight:
     """Attribute of a sparse layer: reading returns the masked tensor, writing stores the variable.
 
-    The variable is stored under the attribute's name with a leading underscore. Keras's Dense,
+    The variable is stored under the name of the attribute with a leading underscore. Keras's Dense,
     Conv, EinsumDense and Embedding layers store their weights under such a name, too.
     """
 
@@ -98,7 +98,8 @@ class EinsumWeight(SparseWeight):
 
 
 def register(cls):
-    """Register a sparse class under its own name, and give it the `__name__` of its stock class.
+    """Register a sparse class with Keras under its own name, and give it the `__name__` of its
+    stock class.
 
     Keras names the layers of a weights file after `type(layer).__name__`. With the name of the
     stock class, a sparse model can load a weights file of the dense model.
@@ -133,14 +134,16 @@ class SparseMixin(_keras.BuildHook):
         """Set the method of the layer, before or after the layer is built."""
         self.method = method
         # Up to version 3.15, Keras sets the attribute `quantize` on every layer instance, which
-        # hides the method `quantize` of the class. Replace this attribute by `_refuse_to_quantize`.
+        # hides the method `quantize` of the class. Replace the attribute by `_refuse_to_quantize`,
+        # which raises an error.
         self.__dict__["_stock_quantize"] = self.__dict__.get("quantize")
         self.__dict__["quantize"] = self._refuse_to_quantize
         # Keras must not track the nested dict, because `add_weight` already tracks the variables in
         # it.
         self.__dict__["sparse_state"] = {}
         for weight in self._masked_attributes():
-            # In a built layer, the variable is stored under the name that the descriptor now uses.
+            # In a built layer, the variable has the name of the new `SparseWeight`. Rename the
+            # variable.
             if weight.name in self.__dict__:
                 self.__dict__[weight.slot] = self.__dict__.pop(weight.name)
         if self.built:
@@ -267,7 +270,8 @@ class SparseMixin(_keras.BuildHook):
                 variable.assign(store[name])
 
     def copy_stock_weights(self) -> None:
-        """After a dense file was loaded, copy the stock weights to the method's variables again."""
+        """Copy the weights of the Keras layer to the method's variables after a dense file was
+        loaded."""
 
     def state_variables(self) -> dict[str, Any]:
         """Return a dict that maps names to the variables that the method created in the layer."""
@@ -367,7 +371,7 @@ def require_driver(layer) -> None:
 
 
 class _RequireDriver(keras.constraints.Constraint):
-    """Constraint that raises an error if an optimizer step is traced while no callback is running.
+    """Constraint that raises an error in an optimizer step if the method's callback is not running.
 
     Keras applies constraints in every optimizer step, in `fit` and in custom training loops, but
     not in inference.

@@ -117,7 +117,7 @@ def sparse_class(stock: type) -> type[SparseMixin] | None:
 
 
 def container_class(stock: type) -> type:
-    """Return the class of a `stock` layer after the layers inside it have become sparse."""
+    """Return the class that replaces the class `stock` of a layer whose inner layers are sparse."""
     return _derive((SparseContainer, stock))
 
 
@@ -159,9 +159,9 @@ def _declared_weights(stock: type) -> dict[str, Layout]:
 @functools.cache
 def _derive(bases: tuple[type, ...]) -> type:
     # The cache ensures that two layers of the same stock class also have the same sparse class. All
-    # derived classes are registered with Keras under the name of their first base class.
-    # `from_config` of this base class looks up the custom class. The derived classes have the
-    # `__name__` of the stock class, see `base.register`.
+    # derived classes are registered with Keras under the name of their first base class. When Keras
+    # loads a model, `from_config` of this base class looks up the custom class. The derived classes
+    # have the `__name__` of the stock class, see `base.register`.
     stock = bases[-1]
     weights = {name: SparseWeight(layout) for name, layout in _declared_weights(stock).items()}
     own = {"stock": stock, "__qualname__": f"Sparse{stock.__name__}", **weights}

@@ -48,8 +48,8 @@ class Gate(_keras.BuildHook, layers.Layer):
     Call arguments:
         x: Tensor to multiply by the gates.
         context: Input of the gating module, with its channels on the axis `axis`. In the paper, the
-            gating module reads the input of the layer whose output is gated. Defaults to None,
-            which means `x`.
+            gating module reads the input of the layer whose output is gated. Defaults to None, in
+            which case the gating module reads `x`.
 
     Raises:
         ValueError: If the structure is unknown or the cost is not positive.
@@ -92,7 +92,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         if not isinstance(method, Consensus):
             raise TypeError(f"Expected keras_dst.methods.Consensus. Received: {method!r}")
         self.method = method
-        # Keras must not track the nested dict, see `SparseMixin.attach_method`.
+        # Keras must not track the variables in this dict again, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
         # With one gate per channel, the layout treats each channel as an output unit. `Consensus`
         # keeps at least one output unit open. The layout of a branch gate has no output units, so
@@ -164,7 +164,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         return x * ops.cast(ops.reshape(z, (-1, *self._shape[1:])), x.dtype)
 
     def _module(self, context):
-        """Return the gates that the gating module computes for every input."""
+        """Return one set of gates for every input in the batch, computed by the gating module."""
         context = ops.cast(context, "float32")
         places = {*range(1, len(context.shape))} - {self.axis % len(context.shape)}
         pooled = ops.mean(context, axis=tuple(places)) if places else context

@@ -43,7 +43,7 @@ State = dict[str, Any]
 
 # Number of epochs below which some methods use a different schedule.
 SHORT = 20
-# Minimum number of steps in a training run that uses the settings of the papers unchanged.
+# A training run with at least this number of steps uses the settings of the papers unchanged.
 _LONG = 20_000
 # Maximum gradient of a pruned weight in a long training run, relative to the root mean square of
 # the gradients of the kept weights. `masks.limit_gradient` explains why a limit is needed.
@@ -71,35 +71,36 @@ class Method(Configurable):
     numbers and strings, no arrays. Subclass `LayerMethod` if the mask is part of the forward pass.
     Subclass `UpdateMethod` if the mask is part of the optimizer step.
 
-    The arguments `weights`, `states` and `layouts` are lists with one entry per weight. `weights`
-    holds tensors in Keras layout. `states` holds dicts of tensors. `layouts` holds the input and
-    output axes.
+    The arguments `weights`, `states` and `layouts` are lists with one entry per weight. A weight is
+    a tensor with the shape of its Keras variable. The state of a weight is a dict of tensors, such
+    as the mask of the weight. The layout of a weight names its input axes and its output axes.
 
     Attributes:
         schedule: Schedule of the target sparsity, or None if the method has no target.
         allocation: Distribution of the sparsity over the weights.
         pattern: Which weights are pruned together, see `masks.Pattern`.
-        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, and
-            less if training would otherwise have fewer than 20 updates.
-        default_frequency: Steps between mask updates in the paper, or `"epoch"`.
+        frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
+            update per epoch. None means `default_frequency`, or more frequent updates in a short
+            training run.
+        default_frequency: Value of `frequency` in the paper of the method.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights.
-        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
-            `"parameters"` or `"flops"`.
+        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+            `"channels"`, `"parameters"` or `"flops"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels.
             Layers with fewer than `2 * round_to` channels can keep any number of channels.
         groups: Groups of layers whose channels are removed together, for a model with its own
-            `call` method. None means that the graph of the model determines the groups.
+            `call` method. If `groups` is None, the groups of layers are found in the graph of the
+            model.
         learned: True if training determines the sparsity, and False if a ranking determines the
             sparsity. If True, the method must define `project`, and `update` receives the target
             sparsity of the next update.
         exact_from: Finished fraction of training after which every mask update of a method with
-            `learned = True` calls `project`. These calls of `project` begin only after the schedule
-            has reached its final target. The default of 1 means that `project` is called only after
-            the last step.
-        couples_channels: Whether `update` and `project` of a method with `learned = True` prune a
-            channel in all layers that compute the channel. False means that each layer is pruned
-            separately.
+            `learned = True` calls `project`. Until the schedule has reached its final target,
+            `project` is not called. The default of 1 means that `project` is called only after the
+            last step.
+        couples_channels: True if a method with `learned = True` prunes a channel in all layers that
+            compute the channel, and False if it prunes each layer separately.
         target_quantity: Name of the quantity that has a target, such as `"sparsity"`. Warnings use
             this name.
         driver: Import path of the callback that updates the masks during training.
@@ -132,7 +133,7 @@ class Method(Configurable):
         return self.schedule
 
     def length(self, total: Tensor) -> Tensor | int:
-        """Return the number of training steps on which settings such as the gradient limit depend.
+        """Return the length of training in steps, which scales settings such as the gradient limit.
 
         If the schedule is given in steps, this function returns the last step of the schedule and
         ignores `total`. A custom training loop does not know the length of training.
@@ -175,10 +176,11 @@ class Method(Configurable):
 
         Args:
             weights: All weights that the method prunes.
-            states: States of the weights, one dict per weight.
+            states: One dict per weight, with the mask and other tensors that the method stores for
+                the weight.
             layouts: Input and output axes of each weight.
-            kept: Number of weights to keep, as an int32 vector. The vector has one entry for all
-                weight tensors together, or one entry per weight tensor.
+            kept: Number of weights to keep, as an int32 vector. A vector with one entry holds the
+                total over all weight tensors. A longer vector holds one number per weight tensor.
             now: Position of the mask update in the training run.
         """
         new = self.rank(self.scores(weights, states), layouts, kept)
@@ -208,10 +210,11 @@ class Method(Configurable):
 
         Args:
             weights: All weights that the method prunes.
-            states: States of the weights, one dict per weight.
+            states: One dict per weight, with the mask and other tensors that the method stores for
+                the weight.
             layouts: Input and output axes of each weight.
-            kept: Final number of weights to keep, as one total or one number per weight tensor (see
-                `update`).
+            kept: Number of weights to keep after training: the total of the model, or one number
+                per weight tensor (see `update`).
         """
         raise NotImplementedError
 
@@ -247,10 +250,10 @@ class Method(Configurable):
         sparsity: float,
         names: Sequence[str],
     ) -> np.ndarray:
-        """Return how many weights to keep, as one total or one number per weight tensor.
+        """Return how many weights to keep: the total of the model, or one number per weight tensor.
 
-        If channels are coupled, the returned numbers count channels instead of weights (see
-        `methods.channels`).
+        For a model with coupled channels, the function returns numbers of channels instead of
+        numbers of weights (see `methods.channels`).
 
         Args:
             shapes: Shapes of all weights that the method prunes.
@@ -272,13 +275,14 @@ class Method(Configurable):
     def rank(
         self, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tensor
     ) -> list[Tensor]:
-        """Return boolean masks that keep the highest scores, in the pattern of the method.
+        """Return boolean masks that keep the weights with the highest scores in the method's
+        pattern.
 
         Args:
             scores: Saliency of all weights, in the shapes of the weights.
             layouts: Input and output axes of each weight.
-            kept: Number of weights to keep, as one total or one number per weight tensor (see
-                `update`).
+            kept: Number of weights to keep: the total of the model, or one number per weight tensor
+                (see `update`).
         """
         pattern = Pattern(self.pattern)
         if channels.groups_of(layouts):
@@ -289,14 +293,14 @@ class Method(Configurable):
                 for s, layout in zip(scores, layouts)
             ]
         shapes = [tuple(s.shape) for s in scores]
-        together = kept.shape[0] == 1  # A single entry is the total of all weight tensors.
+        together = kept.shape[0] == 1  # One entry is a total over all weight tensors.
         sizes = None
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
-        # `kept` counts weights, but the minimums count groups of weights, such as blocks, which can
-        # differ in size. Increase `kept` if it is smaller than the minimum number of groups times
-        # the size of the largest group.
+        # `kept` is a number of weights, but the minimums in `floors` are numbers of groups, such as
+        # blocks. Groups can differ in size. Increase `kept` if it is smaller than the minimum
+        # number of groups times the size of the largest group.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = numbers.at_least(kept, int(least.sum()))[0] if together else ops.maximum(kept, least)
@@ -308,9 +312,9 @@ class Method(Configurable):
         scores = ()  # Free the scores during the ranking, because they are as large as the weights.
         found = masks.top_k(groups, kept, sizes, [1] * len(groups))
         if together and floors.max() > 1:
-            # The first ranking keeps at least one group of weights in every tensor. If a tensor
-            # keeps fewer groups than its minimum, a second ranking ensures the minimum in every
-            # tensor.
+            # This ranking keeps at least one group of weights in every tensor. If a tensor then
+            # keeps fewer groups than its minimum, rank all groups again, and keep at least the
+            # minimum in every tensor.
             counts = ops.stack([count_all_true(mask) for mask in found])
             too_few = ops.any(counts < ops.convert_to_tensor(floors, "int32"))
             found = guesses.cond(
@@ -323,13 +327,14 @@ class Method(Configurable):
     def _floors(self, shapes, sizes, together) -> np.ndarray:
         """Return the minimum number of blocks or channels to keep in every weight tensor.
 
-        `sizes` is None if the pattern is `"unstructured"`.
+        `sizes` holds the number of weights in every group, or is None if the pattern is
+        `"unstructured"`.
         """
         if self.min_kept is None and together and self.schedule is not None:
             floors = allocations.floor_counts(shapes, self.schedule.sparsity)
             if sizes:
-                # Minimums are rounded down to whole groups, so that the sum of all minimums is at
-                # most a quarter of the kept weights.
+                # Round each minimum down to whole groups, so that all minimums together are at most
+                # a quarter of the kept weights.
                 floors = floors // [int(n.max()) for n in sizes]
         else:
             floors = np.array([self.min_kept or 1] * len(shapes))
@@ -400,10 +405,10 @@ class Method(Configurable):
 
 
 def length_factor(total: Tensor) -> Tensor:
-    """Return a factor that grows with the number of steps, from 0.1 to 1 at 20,000 steps or more.
+    """Return a factor that grows with the number of steps, from 0.1 to 1 (20,000 steps or more).
 
-    Methods multiply a setting from a paper by the factor if the paper chose the setting for a long
-    training run.
+    Papers chose some settings, such as the gradient noise of FlipOut, for long training runs.
+    Methods multiply these settings by the factor.
 
     Args:
         total: Number of steps in the training run, or 0 if the number is unknown. If `total` is 0,
@@ -414,7 +419,8 @@ def length_factor(total: Tensor) -> Tensor:
 
 
 def gradient_limit(total: Tensor) -> Tensor:
-    """Return the `limit` of `masks.limit_gradient` for a training run with `total` steps."""
+    """Return the argument `limit` of `masks.limit_gradient` for a training run with `total`
+    steps."""
     return _LARGEST_RATIO * length_factor(total)
 
 
@@ -430,20 +436,20 @@ def describe(value) -> str:
     return repr(value) if isinstance(value, Method) else f"{value!r} of type {type(value).__name__}"
 
 
-# -- masks in the forward pass -------------------------------------------------------------------
+# -- methods that mask the forward pass ----------------------------------------------------------
 
 
 class LayerMethod(Method):
     """Base class of methods whose mask is part of the forward pass.
 
-    The state of a mask is a dict of layer variables. Pass a `LayerMethod` to `sparsify` or to a
-    `Sparse*` layer. By default, the state contains a mask, every `update` computes a new mask, and
-    the layer uses `w * mask`.
+    The sparse layer owns the mask and all other variables of the method. Pass a `LayerMethod` to
+    `sparsify` or to a `Sparse*` layer. By default, the state contains a mask, every `update`
+    computes a new mask, and the layer uses `w * mask`.
 
     Attributes:
         undecayed: Names of the states that are exempt from weight decay.
-        snapshots: Names of the states that store a copy of another state. With `{"a": "b"}`, every
-            update is followed by a copy of the state `b` to the state `a`.
+        snapshots: States that are copies of other states. `{"a": "b"}` means that the method stores
+            a copy of the state `"b"` in the state `"a"` after every mask update.
     """
 
     undecayed: tuple[str, ...] = ()
@@ -470,7 +476,8 @@ class LayerMethod(Method):
         Pattern(self.pattern).block(shape, layout)
 
     def build(self, layer, name: str, variable, layout: Layout) -> State:
-        """Add the state of one weight to its layer, and return the state as a dict of variables.
+        """Create the variables of the method for one weight of the layer, and return them as a
+        dict.
 
         The layer calls this function once, after its weights are created. If the method has a
         schedule, the dict must contain an entry `"progress"`, which `build_progress` creates.
@@ -490,8 +497,8 @@ class LayerMethod(Method):
     def build_progress(self, layer, name: str):
         """Add the variable in which `SparseTraining` saves the position in the schedule.
 
-        The variable has three entries: the schedule step, the optimizer's step counter at that
-        schedule step, and the number of schedule steps.
+        The variable has three entries: the current step in the schedule, the optimizer's step
+        counter at that step, and the length of the schedule in steps.
         """
         return layer.add_weight(
             name=f"{name}_progress", shape=(3,), initializer="zeros", dtype="int32", trainable=False
@@ -515,22 +522,22 @@ class LayerMethod(Method):
 
         Args:
             w: The weight, in the precision of its variable.
-            state: State of the weight, as a dict of variables.
+            state: Variables that the method stores for the weight, as a dict.
             layout: Input and output axes of the weight.
         """
         return masks.masked(w, self.mask(w, state, layout))
 
     def limited(self, effective: Tensor, mask: Tensor, state: State) -> Tensor:
-        """Return the effective weight unchanged, and limit the gradients of its pruned entries.
+        """Return a masked weight unchanged, but limit the gradients of its pruned entries.
 
-        A method calls this function if its pruned weights, scores or thresholds are trained by the
-        gradient of the effective weight. The limit is 10 times the root mean square of the
-        gradients of kept weights. In a training run of fewer than 20,000 steps, the limit is lower.
+        A method calls this function if it trains pruned weights, scores or thresholds with the
+        gradient of the masked weight. The limit is 10 times the root mean square of the gradients
+        of kept weights. In a training run of fewer than 20,000 steps, the limit is lower.
 
         Args:
-            effective: Weight that the forward pass uses.
+            effective: Masked weight that the forward pass uses.
             mask: Boolean mask in the shape of the weight.
-            state: State of the weight, as a dict of variables.
+            state: Variables that the method stores for the weight, as a dict.
         """
         total = ops.convert_to_tensor(state["progress"])[2] if "progress" in state else 0
         return masks.with_limited_gradient(effective, mask, gradient_limit(self.length(total)))
@@ -566,15 +573,17 @@ class TwoPathMethod(LayerMethod):
     """Base class of methods that train the model on a pruned path and a full path in every step.
 
     The pruned path and the full path use the same weights. Every batch normalization has separate
-    statistics, scales and offsets for each path. The loss is the sum of the losses of the two
-    paths. In inference, the masked weights are used. A model can have only one two-path method.
+    statistics, scales and offsets for each path. The training loss is the loss of the pruned path
+    plus the loss of the full path. In inference, the masked weights are used. A model can have only
+    one two-path method.
 
     By default, the pruned path trains the kept weights, and the full path trains the pruned
     weights.
     """
 
     def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
-        """Return the weight that the current path uses. `on_full_path()` is True on the full path.
+        """Return the weight for the path that is being computed: the pruned path, or the full path
+        if `on_full_path()` is True.
 
         By default, the weight is `w * mask` on the pruned path. On the full path, the weight is
         `w`, and its gradient is 0 for kept weights.
@@ -589,13 +598,13 @@ class TwoPathMethod(LayerMethod):
 
         The training callback calls this function once when training begins. The returned function
         takes the logits of the pruned path and of the full path, with the classes on the last axis.
-        The penalties have the shape of the logits without the class axis. The returned function is
-        called in every step, for every output whose loss is a cross-entropy. The penalties are
-        weighted and reduced like the values of the cross-entropy. Return None to train without a
-        penalty, as this base class does.
+        The returned function computes one penalty per sample, in the shape of the logits without
+        the class axis. Every training step calls the returned function for each model output whose
+        loss is a cross-entropy. The penalties are weighted and reduced like the values of the
+        cross-entropy. Return None to train without a penalty, as this base class does.
 
         Args:
-            state: State of the first weight that the method prunes, as a dict of variables.
+            state: Variables that the method stores for the first weight that it prunes, as a dict.
         """
         return None
 
@@ -605,7 +614,7 @@ class UnitMethod(LayerMethod):
 
     A gate of 0 or 1 multiplies all weights of an output unit. Layers that compute the outputs of
     the model are not pruned. If the output units differ in cost, the target sparsity is a fraction
-    of the total cost. By default, the state contains one gate per output unit. Every `update` opens
+    of the total cost. By default, the method stores one gate per output unit. Every `update` opens
     the gates of the units with the highest mean scores.
 
     Attributes:
@@ -663,7 +672,7 @@ class UnitMethod(LayerMethod):
         default, the gates are `state["gate"]`.
 
         Args:
-            state: State of the weight, as a dict of variables.
+            state: Variables that the method stores for the weight, as a dict.
             layout: Input and output axes of the weight.
         """
         return ops.convert_to_tensor(state["gate"])
@@ -682,7 +691,7 @@ class UnitMethod(LayerMethod):
         uses: Mapping[int, tuple[int | None, str | None]],
         layouts: Sequence[Layout],
     ) -> None:
-        """Give the method access to its layers, for penalties that depend on all gates.
+        """Pass all layers to the method, so that a penalty can depend on the gates of all layers.
 
         The training callback calls this function once when training begins. By default, this
         function does nothing.
@@ -698,31 +707,32 @@ class UnitMethod(LayerMethod):
         """
 
     def cost_per_entry(self, state: State) -> float | None:
-        """Return how much one entry of a weight counts towards the target, such as its FLOPs.
+        """Return the cost of one entry of a weight, such as its FLOPs, or None.
 
-        Return None if all entries have the same cost.
+        None means that all entries of all weights have the same cost. The target sparsity is a
+        fraction of the total cost.
 
         The training callback calls this function once when training begins, after `bind_layers`.
         """
         return None
 
 
-# -- masks in the optimizer step -----------------------------------------------------------------
+# -- methods that mask the optimizer step --------------------------------------------------------
 
 
 class UpdateMethod(Method):
     """Base class of methods whose mask is part of the optimizer step.
 
-    The state of a mask is a dict of `SparseOptimizer` variables. The layers remain plain Keras
-    layers. Every optimizer step calls `before`, `perturb`, the inner optimizer and `after`, in this
-    order. By default, pruned weights get no gradient and stay 0.
+    The `SparseOptimizer` owns the masks and all other variables of the method. The layers remain
+    plain Keras layers. Every optimizer step calls `before`, `perturb`, the inner optimizer and
+    `after`, in this order. By default, pruned weights get no gradient and stay 0.
 
     Attributes:
         moves_weights: Whether `before` may return weights that differ from the model's weights.
         grows: Whether `update` also returns an entry `"grown"`: a boolean mask of the weights that
             are newly kept. The optimizer sets newly kept weights and their slots, such as momentum,
-            to 0. If channels are coupled, `update` also returns an entry `"start"`: the initial
-            values of the newly kept weights, in the shape of the weight.
+            to 0. For coupled channels, `update` also returns an entry `"start"` with the values
+            that newly kept weights get instead of 0.
         reads_gradients: True if the method reads the values of the gradients, for example to
             compute a saliency. If True, distributed training sums the gradients of all replicas
             before the method reads them. A method that only masks the gradients sets
@@ -738,12 +748,13 @@ class UpdateMethod(Method):
     reads_scales = False
 
     def init(self, kernels: Sequence, steps: int | None) -> list[dict[str, tuple[str, str]]]:
-        """Return the states that the method stores in addition to the mask, as one dict per weight.
+        """Return one dict per weight that describes the tensors which the method stores in addition
+        to the mask.
 
         The optimizer calls this function when the optimizer is built, and again when the number of
-        training steps is known. A dict maps the name of a state to `(initial value, dtype)`. The
-        initial value is `"zeros"`, or `"value"` for a copy of the weight. Every state has the shape
-        of its weight.
+        training steps is known. The dict maps the name of each tensor to `(initial value, dtype)`.
+        The initial value is `"zeros"`, or `"value"` for a copy of the weight. Every tensor has the
+        shape of its weight.
 
         Args:
             kernels: Keras variables of the pruned weights.
@@ -754,15 +765,16 @@ class UpdateMethod(Method):
     def before(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
-        """Return weights and gradients for the inner optimizer, and a value for `after`.
+        """Return the weights and gradients for the inner optimizer, and a third value for `after`.
 
-        The value for `after` can have any type, such as the list of signs that `FlipOut` passes. By
-        default, the gradients of pruned weights become 0.
+        The third value can have any type, such as the list of signs that `FlipOut` passes to
+        `after`. By default, the gradients of pruned weights become 0.
 
         Args:
             weights: All weights that the method prunes.
             grads: Gradients of the weights.
-            states: States of the weights, one dict per weight.
+            states: One dict per weight, with the mask and other tensors that the method stores for
+                the weight.
         """
         return weights, [masks.masked(g, s["mask"]) for g, s in zip(grads, states)], None
 
@@ -796,13 +808,15 @@ class UpdateMethod(Method):
         Args:
             carry: The third value that `before` returned in the same step.
             weights: All weights that the method prunes, after the step of the inner optimizer.
-            states: States of the weights, one dict per weight.
+            states: One dict per weight, with the mask and other tensors that the method stores for
+                the weight.
         """
         return [self.masked(w, s) for w, s in zip(weights, states)], [{} for _ in weights]
 
     def masked(self, w: Tensor, state: State) -> Tensor:
         """Return one weight with its mask applied.
 
-        The optimizer also calls this function after a mask update.
+        `after` calls this function in every step, and the optimizer calls this function after a
+        mask update.
         """
         return masks.masked(w, state["mask"])

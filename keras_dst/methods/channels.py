@@ -9,10 +9,10 @@ s_c = mean over the units u that compute channel c of score(u) / scale(layer of 
 cost(n) = sum over weights of base (share of inputs kept) (share of outputs kept)
 ```
 
-The symbol `n` stands for the number of kept channels per group. A **group** is a set of channels
-that the same weights compute. All channels of a group have the same cost. Every group keeps a
-multiple of `round_to` channels, because layers with, for example, 9 or 17 channels are slow on most
-hardware.
+A **group** is a set of channels that are computed by the same weights. The symbol `n` stands for
+the number of kept channels in each group. All channels of a group have the same cost. Every group
+keeps a multiple of `round_to` channels, because layers with, for example, 9 or 17 channels are slow
+on most hardware.
 
 `Layout.channels` states which channel each output unit of a weight computes. `Layout.channels` is
 None if the output units of a weight are ranked separately, for example in a subclassed model.
@@ -40,13 +40,13 @@ COUNTED_IN = ("channels", "parameters", "flops")
 # Groups of coupled channels that a user passes, see the argument `groups` of `Magnitude`.
 ChannelNames = Sequence[Sequence[str | tuple[str, int]]]
 
-# In a global ranking, the int32 argument `kept` holds the density in units of `1 / _PARTS`.
+# In a global ranking, the argument `kept` is the density as an integer: `round(density * _PARTS)`.
 _PARTS = 2**20
 _LOWEST = float(np.finfo("float32").min)
 
 
 class ChannelGroups:
-    """The groups of coupled channels in a model, and the cost of each weight.
+    """All groups of coupled channels in a model, and the parameters and FLOPs of each weight.
 
     Channels have consecutive numbers: the channels of the first group come first, then the channels
     of the second group, and so on. Two objects with equal arguments are equal and have the same
@@ -54,16 +54,16 @@ class ChannelGroups:
 
     Args:
         sizes: Number of channels in every group.
-        shares: Fractions of each weight's inputs and outputs that belong to each group. The array
-            has the shape (number of weights, 2, number of groups + 1). `shares[w, 0, g]` is the
-            fraction of the inputs of weight w that belong to group g. `shares[w, 1, g]` is the
-            fraction of the outputs of weight w that belong to group g. The last column holds the
-            fraction of inputs or outputs that are always kept.
+        shares: For each weight, the fractions of its inputs and outputs that belong to each group
+            of channels. `shares` is an array of the shape (number of weights, 2, number of groups +
+            1). `shares[w, 0, g]` is the fraction of the inputs of weight w that belong to group g.
+            `shares[w, 1, g]` is the fraction of the outputs of weight w that belong to group g.
+            `shares[w, :, -1]` holds the fractions of the inputs and outputs of weight w that are
+            always kept.
         costs: Parameters and FLOPs of every weight, as an array of shape (number of weights, 2).
-        widths: Number of filters that are removed together with one channel, as one number per
-            group of channels. The number exceeds 1 only for channels of grouped convolutions,
-            because whole groups of filters are removed from a grouped convolution. Defaults to
-            None, which means 1 in all groups.
+        widths: For each group of channels, the number of filters that are removed together with one
+            channel. The number exceeds 1 only in grouped convolutions, which can lose only whole
+            groups of filters. Defaults to None, which means one filter per channel.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ChannelGroups:
         return np.bincount(self.owner[kept], minlength=len(self.sizes)).astype("float64")
 
     def kept_share(self, kept: Tensor, counted_in: str) -> Tensor:
-        """Return the remaining fraction of the channels, parameters or FLOPs.
+        """Return the fraction of the channels, parameters or FLOPs that remains after pruning.
 
         Args:
             kept: Number of kept channels in every group, as an array or a tensor of floats.
@@ -125,7 +125,8 @@ class ChannelGroups:
         return total(array(base[used] / base.sum()) * inputs * outputs)
 
     def rounding_step(self, method) -> float:
-        """Return the largest change in sparsity that one rounding step of any group causes."""
+        """Return the largest change in sparsity if one group rounds to the next number of
+        channels."""
         step, _ = _steps(self, method)
         whole = self.sizes.astype("float64")
         each = [
@@ -136,7 +137,7 @@ class ChannelGroups:
 
 
 class Channels:
-    """Channels that the output units of one weight compute. Equal objects have equal hashes.
+    """The channel that each output unit of one weight computes. Equal objects have equal hashes.
 
     Args:
         ids: Index of the channel that each output unit computes, or -1 if the unit is always kept.
@@ -157,7 +158,7 @@ class Channels:
 
 
 def checked_names(groups: ChannelNames | None) -> list[list] | None:
-    """Return `groups` as nested lists, or None.
+    """Return `groups` as a list of lists, or None if `groups` is None.
 
     Raises:
         ValueError: If `groups` is not a list of groups with at least one entry each.
@@ -175,7 +176,7 @@ def checked_names(groups: ChannelNames | None) -> list[list] | None:
     if not is_list(groups, lambda group: is_list(group, is_entry)):
         raise ValueError(
             "groups must be a list of lists of names, such as [['stem', 'project'], ['expand']]. "
-            "An entry can also be a pair of a name and an axis, such as ('depthwise', -2). "
+            "Instead of a name, an inner list can hold a name with an axis: ('depthwise', -2). "
             f"Received: groups={groups!r}"
         )
     # A config in JSON cannot distinguish tuples from lists.
@@ -183,27 +184,28 @@ def checked_names(groups: ChannelNames | None) -> list[list] | None:
 
 
 def groups_of(layouts: Sequence[Layout]) -> ChannelGroups | None:
-    """Return the groups of coupled channels in the layouts, or None if there are no groups."""
+    """Return the groups of coupled channels in the layouts, or None without coupled channels."""
     return next((layout.channels.groups for layout in layouts if layout.channels), None)
 
 
-# -- the number of channels to keep -------------------------------------------------------------
+# -- numbers of kept channels --------------------------------------------------------------------
 
 
 def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) -> np.ndarray:
     """Return the number of channels to keep in each group.
 
-    With `allocation="global"`, return an array with the single number `round(density * 2**20)`.
+    With `allocation="global"`, the function returns the density of the whole model instead, as an
+    array with the single integer `round(density * 2**20)`.
 
     If the allocation is a dict that names a weight of a group, the sparsity of the group is the
-    value in the dict. The densities of all other groups are chosen so that the removed fraction of
-    channels, parameters or FLOPs is as close as possible to `sparsity`.
+    value in the dict. With the densities of all other groups, the model loses a fraction of its
+    channels, parameters or FLOPs that is as close as possible to `sparsity`.
 
     Args:
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
         shapes: Shapes of all weights that the method prunes.
-        layouts: Axes and coupled channels of each weight.
+        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
         names: Paths of the weights, which are needed if the allocation is a dict.
         sparsity: Sparsity at the current step.
     """
@@ -230,7 +232,7 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         return float(groups.kept_share(counts, method.counted_in))
 
     # Find the density by bisection. At the density `low`, the model keeps at most the target
-    # fraction. At the density `high`, the model keeps more than the target fraction.
+    # fraction of its channels, parameters or FLOPs. At the density `high`, the model keeps more.
     low, high = 0.0, 1.0
     if share(rounded(target)) <= target:
         low = target
@@ -240,9 +242,9 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         middle = (low + high) / 2
         low, high = (middle, high) if share(rounded(middle)) <= target else (low, middle)
     counts, more = rounded(low), rounded(high)
-    # Round by the largest-remainder method: visit the groups in descending order of their
-    # remainders. In each group, use the count at the density `high` if the kept fraction gets
-    # closer to the target.
+    # Round the channel counts by the largest-remainder method, beginning with the group that has
+    # the largest remainder. A group keeps its larger channel count (at the density `high`) if the
+    # model then comes closer to the target.
     remainder = exact(high) / step - np.floor(exact(high) / step)
     for group in np.argsort(-remainder, kind="stable"):
         trial = counts.copy()
@@ -253,7 +255,7 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
 
 def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rounding step and the minimum number of kept channels of every group."""
+    """Return, for every group, the rounding step and the minimum of its number of channels."""
     step = method.round_to // np.gcd(method.round_to, groups.widths)
     step = np.where(groups.sizes >= 2 * step, step, 1)
     least = [method.least_units(int(size)) for size in groups.sizes]
@@ -261,10 +263,10 @@ def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
-    """Return the density of every group that the allocation names, and NaN for other groups.
+    """Return the density of every group that the allocation names, and NaN for all other groups.
 
-    If the allocation names several weights of a group, the highest of their densities applies to
-    the group.
+    An allocation can name several weights of a group. The group then gets the highest of their
+    densities.
     """
     own = np.full(len(groups.sizes), np.nan)
     if not isinstance(method.allocation, Mapping):
@@ -279,7 +281,7 @@ def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
 
 
 def _mean_of_members(values, layouts, groups) -> np.ndarray:
-    """Return the mean of the values of the weights in each group of channels."""
+    """Return, for each group of channels, the mean of `values` over the weights of the group."""
     total, count = np.zeros(len(groups.sizes)), np.zeros(len(groups.sizes))
     for value, members in zip(values, _groups_by_weight(layouts, groups)):
         total[members] += value
@@ -288,7 +290,7 @@ def _mean_of_members(values, layouts, groups) -> np.ndarray:
 
 
 def _groups_by_weight(layouts, groups) -> list[np.ndarray]:
-    """Return the indices of the groups whose channels each weight computes."""
+    """Return, for each weight, the indices of the groups whose channels the weight computes."""
     ids = [layout.channels.ids if layout.channels else np.zeros(0, int) for layout in layouts]
     return [np.unique(groups.owner[i[i >= 0]]) for i in ids]
 
@@ -303,8 +305,8 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
         scores: Saliency of all weights, in the shapes of the weights.
-        layouts: Axes and coupled channels of each weight.
-        kept: Result of `kept_counts`, as a tensor.
+        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
+        kept: The array that the function `kept_counts` returned, as a tensor.
     """
     groups, pattern = _required(layouts), Pattern("channel")
     is_best = best(method, groups, channel_scores(scores, layouts), kept)
@@ -327,9 +329,9 @@ def best(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tenso
     Args:
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
-        groups: Groups of the channels.
-        saliency: Vector with one float per channel.
-        kept: Result of `kept_counts`, as a tensor.
+        groups: Groups of coupled channels in the model.
+        saliency: Saliency of each channel, as a vector of floats.
+        kept: The array that the function `kept_counts` returned, as a tensor.
     """
     if method.allocation == "global":
         kept = _global_counts(method, groups, saliency, kept[0])
@@ -337,15 +339,15 @@ def best(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tenso
 
 
 def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return the saliency of every channel: the mean normalized score of all units that compute it.
+    """Return the saliency of every channel: the mean normalized score of its output units.
 
-    Scores are normalized, because the scale of weights differs between layers. The scores of a
-    weight are divided by their mean, where negative scores count as 0. A score below 0 marks a
-    weight that is already pruned.
+    Scores are normalized, because the scale of weights differs between layers. The scores of each
+    weight tensor are divided by the mean of its scores. In this mean, negative scores count as 0,
+    because they mark weights that are already pruned.
 
     Args:
         scores: Saliency of all weights, in the shapes of the weights.
-        layouts: Axes and coupled channels of each weight.
+        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
 
     Returns:
         A float32 vector with one entry per channel.
@@ -358,9 +360,9 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         scale = ops.mean(ops.maximum(pooled, 0.0))
         scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
         units.append(pooled / ops.where(scale > 0, scale, 1.0))
-    # Each row of `places` belongs to one channel and lists the positions of its units in `every`.
-    # Short rows are padded with the position of the last entry of `every`. The last entry of
-    # `every` is 0.
+    # `every` holds the scores of all output units, followed by a 0. Row c of `places` lists the
+    # positions in `every` of the units that compute channel c. Rows of channels with fewer units
+    # are padded with the position of the 0.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
@@ -374,20 +376,20 @@ def per_unit(
 ) -> list[Tensor]:
     """Apply a function to all channels that are ranked together, and return one value per unit.
 
-    If channels are coupled, the function is called once per group with the saliency of every
-    channel. If channels are not coupled, the function is called once per weight with the mean score
-    of every output unit.
+    For coupled channels, `function` is called once per group, with the saliency of each channel.
+    Without coupled channels, `function` is called once per weight tensor, with the mean score of
+    each output unit.
 
     Args:
-        function: Function of the saliencies and of a boolean vector that is true for kept channels.
-            The function returns a float32 vector with one entry per channel.
+        function: Function whose arguments are the saliencies and a boolean vector that is true for
+            kept channels. The function returns a float32 vector with one entry per channel.
         scores: Saliency of all weights, in the shapes of the weights.
-        found: Boolean masks of all weights.
-        layouts: Axes and coupled channels of each weight.
+        found: Boolean masks that a ranking returned, one mask per weight.
+        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
 
     Returns:
-        For every weight, a vector with one value per output unit. Units that are always kept have
-        the value 1.
+        A list with one vector per weight, which has one value per output unit. Units that are
+        always kept have the value 1.
     """
     groups, units = groups_of(layouts), Pattern("channel")
     if groups is None:
@@ -408,14 +410,15 @@ def per_unit(
 
 
 def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return a boolean vector that is true for kept channels, followed by an extra entry of True.
+    """Return a boolean vector that is true for kept channels, and append one entry that is True.
 
-    Output units that are always kept have the index -1, which selects the extra entry. All weights
-    that compute a channel have the same mask for the channel, so only the first weight is read.
+    The appended last entry stands for output units that are always kept, whose channel index is -1.
+    All weights that compute a channel have the same mask for the channel, so only the first weight
+    is read.
 
     Args:
-        found: Boolean masks of all weights.
-        layouts: Axes and coupled channels of each weight.
+        found: Boolean masks that a ranking returned, one mask per weight.
+        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
     """
     first = _units_of_channels(tuple(layouts))[0][:, 0]
     units, start, places = [], 0, np.zeros(len(first), "int32")
@@ -436,7 +439,7 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
 
 
 def kept_units(mask: Tensor, layout: Layout) -> Tensor:
-    """Return whether the mask of a weight keeps at least one entry of each output unit.
+    """Return a boolean for each output unit: whether the mask keeps at least one of its weights.
 
     Args:
         mask: Boolean mask in the shape of the weight.
@@ -453,15 +456,15 @@ class Scales(NamedTuple):
     Attributes:
         variables: Indices of the variables that hold normalization scales.
         places: One index array per weight, in a shape that broadcasts to the weight, or None for a
-            weight without scales. Each index is the position of the scale of an output unit in the
-            concatenated `variables`.
+            weight without scales. Each index is the position of the scale of one output unit after
+            `variables` are concatenated.
     """
 
     variables: list[int]
     places: list[np.ndarray | None]
 
     def read(self, variables: Sequence) -> list[Tensor | None]:
-        """Return the scales of every weight, with None for weights without scales.
+        """Return the normalization scales for each weight, or None for a weight without scales.
 
         Args:
             variables: Variables that hold normalization scales, such as `gamma`.
@@ -481,14 +484,15 @@ def scales_of(
 
     Args:
         shapes: Shapes of all weights.
-        layouts: Axes and coupled channels of each weight.
+        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
         gammas: One pair `(index, channels)` per variable that holds normalization scales. `index`
-            is the index of the variable, and `channels` is an array with the channel of each entry.
-            If several variables scale a channel, the first variable is used.
+            is the index of the variable, and `channels` is an array with the channel that each
+            entry of the variable scales. If several variables scale a channel, the first variable
+            is used.
     """
     if not gammas:
         return Scales([], [])
-    position: dict[int, int] = {-1: 0}  # A unit that is always kept needs no scale.
+    position: dict[int, int] = {-1: 0}  # Units that are always kept need no scale.
     for place, channel in enumerate(np.concatenate([ids for _, ids in gammas]).tolist()):
         position.setdefault(channel, place)
     places: list[np.ndarray | None] = []
@@ -503,14 +507,14 @@ def scales_of(
 
 
 def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return the maximum value of the output units that compute each channel.
+    """Return one value per channel: the maximum over the output units that compute the channel.
 
     A channel can be removed only if the gates of all its units are closed. The gate of a channel is
     therefore the maximum of the gates of its units.
 
     Args:
         values: One float32 tensor per weight, of any shape, with one value per output unit.
-        layouts: Axes and coupled channels of each weight.
+        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
     """
     units = [ops.reshape(v, (-1,)) for v, layout in zip(values, layouts) if layout.channels]
     every = ops.pad(ops.concatenate(units), [(0, 1)], constant_values=_LOWEST)
@@ -518,14 +522,14 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
 
 
 def of_kept_channels(margins: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
-    """Return 1 for all units whose channels are kept, and 0 for all other units.
+    """Return 1 for every output unit of a kept channel, and 0 for all other output units.
 
-    A channel is kept if at least one of its units has a positive margin. Units that are in no group
-    are always kept.
+    A channel is kept if at least one of its units has a positive margin. Output units without a
+    coupled channel are always kept.
 
     Args:
         margins: One float32 tensor per weight, with the score minus the threshold of every unit.
-        layouts: Axes and coupled channels of each weight.
+        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
 
     Returns:
         One float32 tensor per weight, in the shape of the weight's margins.
@@ -537,25 +541,24 @@ def of_kept_channels(margins: Sequence[Tensor], layouts: Sequence[Layout]) -> li
 def shifts(
     method, margins: Sequence[Tensor], layouts: Sequence[Layout], kept: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return how far the thresholds of all output units must rise, so that the target is met.
+    """Return by how much the threshold of every output unit must rise to meet the target sparsity.
 
     A unit is kept if its margin is positive, and a channel is kept if one of its units is kept. The
-    margin of a channel is therefore the maximum of the margins of its units. All thresholds of a
-    group rise by the same amount.
+    margin of a channel is therefore the maximum of the margins of its units. All thresholds in a
+    group of coupled channels rise by the same amount.
 
     Args:
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
         margins: One float32 tensor per weight, with the score minus the threshold of every unit.
-        layouts: Axes and coupled channels of each weight.
+        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
         kept: Result of `kept_counts` for a global ranking, as a tensor.
 
     Returns:
-        A tuple `(common, rises, limits)`. `common` is the rise of all thresholds at which the model
-        keeps as many channels as the target requires. `rises` holds the rise of every threshold.
-        `limits` holds the largest rise of every threshold at which its group keeps the minimum
-        number of channels. The rise and the limit are 0 for the thresholds of units that are always
-        kept.
+        A tuple `(common, rises, limits)`. If all thresholds rose by `common`, the model would keep
+        as many channels as the target requires. `rises` holds the amount by which each threshold
+        rises. `limits` holds the largest amount at which the group of the threshold still keeps its
+        minimum number of channels. For units that are always kept, both amounts are 0.
     """
     groups = _required(layouts)
     largest = largest_of_units(margins, layouts)
@@ -568,7 +571,7 @@ def shifts(
     for group, (values, stays) in enumerate(zip(parts, groups.split(is_best))):
         below = ops.max(ops.where(stays, _LOWEST, values))
         above = ops.min(ops.where(stays, values, -_LOWEST))
-        # A threshold halfway between two values is not sensitive to rounding errors.
+        # The new threshold is halfway between two margins, so that rounding errors have no effect.
         between = ops.where(below > _LOWEST, (below + above) / 2, above - small)
         fits = ops.logical_and(below <= 0, above > 0)
         rises.append(ops.where(fits, 0.0, between))
@@ -583,12 +586,12 @@ def shifts(
 
 
 def _in_shapes(values: Tensor, like: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
-    """Return tensors in the shapes of `like`, with the value of the channel of each output unit.
+    """Give every output unit the value of its channel, in tensors with the shapes of `like`.
 
     Args:
         values: Vector with one entry per channel, and a last entry for units that are always kept.
         like: One tensor per weight, with one entry per output unit.
-        layouts: Axes and coupled channels of each weight.
+        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
     """
     found = []
     for tensor, layout in zip(like, layouts):
@@ -598,7 +601,7 @@ def _in_shapes(values: Tensor, like: Sequence[Tensor], layouts: Sequence[Layout]
 
 
 def _of_units(values: Tensor, ids: np.ndarray) -> Tensor:
-    """Return the value of the channel that each output unit computes.
+    """Return one value per output unit: the value of the channel that the unit computes.
 
     Args:
         values: Vector with one entry per channel, and a last entry for units that are always kept.
@@ -610,13 +613,13 @@ def _of_units(values: Tensor, ids: np.ndarray) -> Tensor:
 def masks_of_followers(
     followers: Iterable[tuple[Any, int, np.ndarray]], alive: Tensor
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yield every variable that belongs to channels, such as a bias, together with its mask.
+    """Yield every variable that is pruned with its channels, such as a bias, and its mask.
 
     Args:
-        followers: One tuple `(variable, axis, ids)` for every variable that belongs to channels.
+        followers: One tuple `(variable, axis, ids)` per variable that is pruned with its channels.
             `axis` is the channel axis of the variable. For each entry along `axis`, `ids` holds the
-            index of the channel, or -1 if the entry is always kept.
-        alive: Result of the function `alive`.
+            index of its channel, or -1 if the entry is always kept.
+        alive: Boolean vector of the kept channels, as the function `alive` returns it.
     """
     for variable, axis, ids in followers:
         rank = len(variable.shape)
@@ -627,14 +630,15 @@ def masks_of_followers(
 def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tensor:
     """Rank the channels of all groups together, and return the number of kept channels per group.
 
-    All channels above a threshold are kept, and their number in every group is then rounded.
-    Bisection finds the threshold at which the model meets the target.
+    The number of channels with a saliency above a threshold is rounded in every group. Bisection
+    finds the common threshold at which the model meets the target.
     """
     step, least = (ops.convert_to_tensor(x, "int32") for x in _steps(groups, method))
     sizes, owner = (ops.convert_to_tensor(x, "int32") for x in (groups.sizes, groups.owner))
     target = ops.cast(kept, "float32") / _PARTS
     total = len(groups.owner)
-    # Compute the rank of every channel: 0 for the highest score. Equal scores keep their order.
+    # `place` is the rank of every channel: 0 for the highest saliency. Channels with the same
+    # saliency keep their order.
     place = ops.cast(ops.argsort(ops.argsort(-saliency)), "int32")
     numbers = ops.convert_to_tensor(np.arange(len(groups.sizes)), "int32")
     belongs = ops.equal(owner[None], numbers[:, None])
@@ -661,10 +665,11 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
 
 @functools.lru_cache(maxsize=16)
 def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices and the number of the units that compute each channel.
+    """Return, for each channel, the indices and the number of the output units that compute it.
 
-    The output units of all weights that have channels are numbered consecutively. Short rows of
-    indices are padded with the total number of units, which is not a valid index.
+    The output units of all weights with coupled channels have consecutive indices. The returned
+    matrix has one row of unit indices per channel. Short rows are padded with the total number of
+    units.
     """
     every = np.concatenate([layout.channels.ids for layout in layouts if layout.channels])
     total = len(_required(layouts).owner)

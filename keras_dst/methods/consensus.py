@@ -11,18 +11,18 @@ loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - tar
 The cost is the number of FLOPs or parameters of the model after all closed channels are removed. A
 channel is removed if its gates are closed in all layers that compute the channel. Together with a
 channel, the corresponding inputs of the next layers are removed. For a subclassed model, or a model
-that contains `layers.Gate`, the cost is `sum(c g)`, as in the paper. The symbol c stands for the
-cost of one structure.
+that contains `layers.Gate`, the cost is `sum(c g)`, as in the paper: the sum over all structures of
+the cost c times the gate g.
 
 Sparse layers compute `pi = sigmoid(logit)`, with a trainable logit per structure. `layers.Gate`
 also has trainable logits, or uses the paper's gating module, which computes pi from the input.
 
-Deviations: A gate with a trainable logit has the same value for all inputs, so g = z. In inference,
-a gating module ignores its input. A gate is open if its running mean is at least 0.5 (the
-consensus). Every layer keeps a minimum number of open units, see `min_kept`. `LayerMethod.limited`
-limits the gradients of closed gates. The target cost decreases along a cubic ramp. In the last
-quarter of training, every update opens or closes gates until the target is met. The weights can
-then adapt to the final gates.
+Deviations: A gate with a trainable logit has the same value z for all inputs, so its batch mean g
+is also z. In inference, a gating module ignores its input. A gate is open if its running mean is at
+least 0.5 (the consensus). Every layer keeps a minimum number of open units, see `min_kept`.
+`LayerMethod.limited` limits the gradients of closed gates. The target cost decreases along a cubic
+ramp. In the last quarter of training, every update opens or closes gates until the target is met.
+The weights can then adapt to the final gates.
 """
 
 from __future__ import annotations
@@ -69,17 +69,19 @@ class Consensus(UnitMethod):
             sample, or of the parameters. Defaults to `"flops"`.
         lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
         lambda_act: Weight of the penalty on the cost of all open gates. Defaults to 100.
-        frequency: Steps between updates of the target cost, or `"epoch"`. Defaults to None, which
-            means 20 steps, and less if training would otherwise have fewer than 20 updates.
+        frequency: Number of training steps from one update of the target cost to the next, or
+            `"epoch"` for one update per epoch. Defaults to None, which means 20 steps. In a short
+            training run, None means more frequent updates, so that the target cost is updated about
+            20 times.
         round_to: After the last step, the number of kept channels of every layer is a multiple of
             `round_to`. Layers with fewer than `2 * round_to` channels can keep any number of
-            channels. In the last quarter of training, the `SparseTraining` callback opens and
-            closes gates to reach such a multiple. Defaults to 1, which means that numbers of
-            channels are not rounded. Convolutions are fastest with a multiple of 8 channels.
+            channels. In the last quarter of training, the `SparseTraining` callback opens or closes
+            gates until the number of channels is a multiple of `round_to`. Defaults to 1, which
+            allows any number of channels. Convolutions are fastest with a multiple of 8 channels.
         min_kept: Minimum number of units that every layer keeps, and of channels that every group
-            of coupled channels keeps. Defaults to None: `max(2, ceil(sqrt(1 - s) / 2 * units))` for
-            a sparsity of s. The default is about half of the units that a uniform sparsity would
-            keep. Layers with fewer than `min_kept` units keep all units.
+            of coupled channels keeps. Defaults to None, which means `max(2, ceil(sqrt(1 - s) / 2 *
+            units))` for a sparsity of s. The default is about half of the units that a uniform
+            sparsity would keep. Layers with fewer than `min_kept` units keep all units.
 
     Raises:
         ValueError: If an argument is outside its range, or if `round_to` is larger than 1 and the
@@ -151,8 +153,8 @@ class Consensus(UnitMethod):
         return {"logit": logit, **self.build_budget(layer, name)}
 
     def build_budget(self, layer, name: str):
-        """Add three variables to the layer: the cost per entry, the target cost and the
-        progress."""
+        """Create three layer variables: the cost of one entry, the target cost and the schedule
+        position."""
         state = {
             key: layer.add_weight(
                 name=f"{name}_{key}",
@@ -191,8 +193,8 @@ class Consensus(UnitMethod):
         least = self.min_kept
         if least is None:
             # If all layers keep the fraction q of their units, the model keeps about q**2 of its
-            # cost. If all layers keep only q / 2, which is the minimum, the model keeps about a
-            # quarter of this cost. A layer with a single open unit often stops learning.
+            # cost. If all layers keep only the minimum, q / 2, the model keeps about q**2 / 4 of
+            # its cost. A layer with a single open unit often stops learning.
             least = max(2, math.ceil(math.sqrt(self._open_at_end) / 2 * units - 1e-9))
         return min(least, units)
 
@@ -283,7 +285,8 @@ class Consensus(UnitMethod):
         return [{k: ops.convert_to_tensor(new, "float32")} for k, new in zip(key, turned)]
 
     def _project_channels(self, groups, logits, pi, layouts, kept):
-        """Close the channels with the lowest pi, so that the smaller model meets the target."""
+        """Close the channels with the lowest pi, so that the open channels cost as much as the
+        target."""
         units = [ops.convert_to_tensor(p, "float32") for p in pi]
         largest = channels.largest_of_units(units, layouts)
         is_open = ops.convert_to_numpy(channels.best(self, groups, largest, kept))
@@ -295,8 +298,8 @@ class Consensus(UnitMethod):
                 ids = layout.channels.ids.reshape(new.shape)
                 stays = is_open[ids] | (ids < 0)
                 new = np.where(stays, new, np.minimum(new, -_EDGE))
-                # In a channel that stays open, the gate with the highest pi is opened. The other
-                # gates of the channel do not change, unless the layer has too few open gates.
+                # In every channel that stays open, open the gate with the highest pi. All other
+                # gates of the channel stay as they are, unless their layer has too few open gates.
                 unit = ops.convert_to_numpy(unit).reshape(new.shape)
                 best = unit == largest[ids]
                 least = min(self.least_units(unit.size), int(np.count_nonzero(stays)))
@@ -307,8 +310,7 @@ class Consensus(UnitMethod):
 
 
 def binary(pi, is_open):
-    """Return 1 for open gates and 0 for closed gates, and pass the gradient straight through to
-    pi."""
+    """Return 1 for open gates and 0 for closed gates, with a straight-through gradient for `pi`."""
     return masks.straight_through_product(ops.ones_like(pi), pi, is_open)
 
 

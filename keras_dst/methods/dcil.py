@@ -8,9 +8,9 @@ full path f:    forward with w        dL/dw = g_f (1 - m)       the refined grad
 loss = CE(p) + CE(f) + T**2 (KL(stop(f) || p) + KL(stop(p) || f))        softmax at T
 ```
 
-The two paths have separate statistics, scales and offsets of batch normalization. The KL terms
-begin after a warm-up. Every 16 steps, a new mask keeps the weights with the largest `|w|`, at the
-sparsity
+The two paths have separate statistics, scales and offsets of batch normalization. The KL terms are
+added to the loss after a warm-up. Every 16 steps, a new mask keeps the weights with the largest
+`|w|`, at the sparsity
 
 ```text
 s_t = s (1 - (1 - t / T_p)**3)
@@ -52,12 +52,13 @@ class DCIL(TwoPathMethod):
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
             the sparsity grows along a cubic ramp over the first three quarters of training, as in
             the paper.
-        warmup: Fraction of training, in [0, 1], after which the KL terms begin. If `warmup` is 1,
-            the loss has no KL terms. Defaults to 70/300, as in the paper.
+        warmup: Fraction of training, in [0, 1], after which the KL terms are added to the loss. If
+            `warmup` is 1, the loss has no KL terms. Defaults to 70/300, as in the paper (70 of 300
+            epochs).
         temperature: Temperature T of the softmax in the KL terms. Defaults to 2.
         allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
-            `"global"` ranks the weights of all layers together, as in the paper. Other values are
-            `"uniform"`, `"erk"`, and a dict that maps weight names or regular expressions to
+            `"global"` ranks the weights of all layers together, as in the paper. `allocation` can
+            also be `"uniform"`, `"erk"`, or a dict that maps weight names or regular expressions to
             sparsities. Defaults to `"global"`.
         pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
             single weights. `"channel"` prunes output channels, which the paper calls filters.
@@ -67,14 +68,15 @@ class DCIL(TwoPathMethod):
         score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. Both scores
             rank single weights in the same order, but blocks and channels in different orders.
             Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 16 steps,
-            and less if training would otherwise have fewer than 20 updates.
+        frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
+            update per epoch. Defaults to None, which means 16 steps. In a short training run, None
+            means more frequent updates, so that the masks are updated about 20 times.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
-            `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
-            `allocation="global"`, the default is a quarter of the weights that the layer would keep
-            with `allocation="erk"`.
-        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+            `min_kept` counts channels instead of weights. Defaults to None, which means a minimum
+            of 1. With `allocation="global"`, the default minimum is a quarter of the weights that
+            the layer would keep with `allocation="erk"`.
+        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
             `Magnitude`. Defaults to 8.
         groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to

@@ -12,14 +12,14 @@ At every step, kept weights can be pruned, and pruned weights can be restored.
 
 Extensions of the paper: Blocks and channels are scored by the mean `|w|` of their weights. With a
 target sparsity, a controller sets alpha, and thresholds do not go below 0. With a target sparsity,
-every layer keeps a minimum number of weights. The reason is that the thresholds of a layer with a
-very low density are reset to 0. In the last quarter of training, every update shifts the thresholds
-so that the model meets the target exactly. For thresholds t < -1, the penalty is linear in t.
-Thresholds that are not finite are reset to 0. `LayerMethod.limited` limits the gradients of pruned
-weights. If several layers compute a channel, the channel is pruned only if it is below its
-threshold in all of the layers. The margin Q of a channel is the largest Q of its units. With a
-target sparsity, every update stores which channels are kept. Until the next update, no layer masks
-the units of the kept channels.
+every layer keeps a minimum number of weights. Without this minimum, the density of a layer could
+become so low that its thresholds are reset to 0. In the last quarter of training, every update
+shifts the thresholds so that the model meets the target exactly. For thresholds t < -1, the penalty
+is linear in t. Thresholds that are not finite are reset to 0. `LayerMethod.limited` limits the
+gradients of pruned weights. If several layers compute a channel, the channel is pruned only if it
+is below its threshold in all of the layers. The margin Q of a channel is the largest Q of its
+units. With a target sparsity, every update stores which channels are kept. Until the next update,
+no layer masks the units of the kept channels.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 # Constants of the controller that sets alpha, see `DST.update`. The constants were tuned on digits
 # and MNIST with SGD and Adam, and on a model of 3,000 weights that was trained for 100 steps.
-_GAP_SHARE = 0.3  # Fraction of the gap to the target that each update tries to close.
+_GAP_SHARE = 0.3  # Fraction of the gap to the target sparsity that each update tries to close.
 _MEMORY = 0.9  # Momentum of the exponential moving averages.
 _MAX_GROWTH = 3.0  # Maximum ratio of alpha to the root mean square of its earlier values.
 
-# Finished fraction of training after which every update meets the target exactly. At the end of
-# training, the learning rate is small, so alpha cannot move the thresholds. The network also cannot
-# adapt to a late change of its masks.
+# Finished fraction of training after which every mask update meets the target sparsity exactly. At
+# the end of training, the learning rate is small, so alpha cannot move the thresholds. The network
+# also has no time to adapt to a late change of its masks.
 _EXACT = 0.75
 _ALWAYS = np.float32(1e30)  # Score of weights that a layer must keep.
 
@@ -78,11 +78,12 @@ class DST(LayerMethod):
             at most a tenth of the target density. With a target sparsity, every layer also keeps at
             least a quarter of the weights that the allocation `"erk"` would keep. Defaults to 0.01,
             as in the paper.
-        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None, which means 20
-            steps, and less if training would otherwise have fewer than 20 updates.
-        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
-            `"parameters"` or `"flops"`. Values other than `"channels"` need `sparsity` and coupled
-            channels. Defaults to `"channels"`.
+        frequency: Number of training steps from one update of alpha to the next, or `"epoch"` for
+            one update per epoch. Defaults to None, which means 20 steps. In a short training run,
+            None means more frequent updates, so that alpha is updated about 20 times.
+        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+            `"channels"`, `"parameters"` or `"flops"`. `"parameters"` and `"flops"` need an argument
+            `sparsity` and a model with coupled channels. Defaults to `"channels"`.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is N:M.
@@ -152,8 +153,8 @@ class DST(LayerMethod):
                 trainable=False,
                 autocast=False,
             )
-            # State of the controller in `update`: the last gap to the target, and three exponential
-            # moving averages.
+            # State of the controller in `update`: the last gap to the target sparsity, and three
+            # exponential moving averages.
             control = layer.add_weight(
                 name=f"{name}_control",
                 shape=(4,),
@@ -165,8 +166,8 @@ class DST(LayerMethod):
             progress = self.build_progress(layer, name)
             state = {"alpha": alpha, "control": control, "progress": progress}
         if self._holds_channels:
-            # Each update sets `held` to 1 for the units of kept channels, and to 0 for all other
-            # units.
+            # Each mask update sets `held` to 1 for the units of kept channels, and to 0 for all
+            # other units.
             state["held"] = layer.add_weight(
                 name=f"{name}_held",
                 shape=shape,
@@ -187,7 +188,7 @@ class DST(LayerMethod):
 
     @property
     def _holds_channels(self) -> bool:
-        """Whether the state `held` lists the units whose coupled channels are kept."""
+        """Whether the method stores the units of kept channels in the variable `held`."""
         return self.schedule is not None and self.pattern == "channel" and self.couples_channels
 
     def _threshold_shape(self, shape, layout):
@@ -235,9 +236,10 @@ class DST(LayerMethod):
     def reset_at(self) -> float:
         """Maximum density of a layer at which the thresholds of the layer are reset to 0.
 
-        If coupled channels have a target sparsity, the value is -1, which disables the reset. A
-        layer can then keep a channel although its units are below their thresholds. Instead of the
-        reset, `update` lowers the thresholds of groups that keep too few channels.
+        For coupled channels with a target sparsity, this density is -1, which disables the reset. A
+        layer can then keep a channel although its units are below their thresholds. If a group
+        keeps too few channels, `update` lowers the thresholds of the group instead of resetting
+        them.
         """
         if self.schedule is None:
             return self.reset_density
@@ -256,16 +258,17 @@ class DST(LayerMethod):
         last gap - gap = drift + response alpha
         ```
 
-        `drift` is the decrease of the gap per update that training and the schedule cause.
-        `response` is the additional decrease of the gap per update that an alpha of 1 causes. The
-        controller estimates `drift` and `response` by exponentially weighted least squares. The
-        gap, `drift` and `response` have the unit of the weights. Alpha is dimensionless. Each
-        update sets alpha so that the gap to the target sparsity shrinks by the fraction
-        `_GAP_SHARE` until the next update. Alpha is negative if too few weights are kept.
+        `drift` is how much training and the schedule decrease the gap per update if alpha is 0.
+        `response` is how much more the gap decreases per update if alpha is 1. The controller
+        estimates `drift` and `response` by exponentially weighted least squares. The gap, `drift`
+        and `response` have the unit of the weights. Alpha is dimensionless. Each update sets alpha
+        so that the gap to the target sparsity shrinks by the fraction `_GAP_SHARE` until the next
+        update. If the model keeps too few weights, alpha is negative.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
-        # At progress 1, `update` does not shift the thresholds. The training callback first warns
-        # if training has missed the target, and then calls `project`, which shifts the thresholds.
+        # At the end of training (progress 1), `update` does not shift the thresholds. The training
+        # callback first warns if training has missed the target, and then calls `project`, which
+        # shifts the thresholds.
         late = ops.logical_and(now.progress >= _EXACT, now.progress < 1.0)
         sizes = [math.prod(w.shape) for w in weights]
         scale = sum(ops.sum(ops.abs(ops.cast(w, "float32"))) for w in weights) / sum(sizes)
@@ -298,8 +301,8 @@ class DST(LayerMethod):
     def project(self, weights, states, layouts, kept):
         """Shift all thresholds by the same amount, so that exactly `kept` weights are kept.
 
-        The shift of a layer is smaller if the layer would otherwise keep fewer weights than its
-        minimum.
+        A layer gets a smaller shift of its thresholds if it would otherwise keep fewer weights than
+        its minimum.
         """
         _, shifts, _ = self._shifts(weights, states, layouts, kept[0])
         changes = [
@@ -309,8 +312,7 @@ class DST(LayerMethod):
         return self._with_held(changes, weights, layouts)
 
     def _with_held(self, changes, weights, layouts):
-        """If channels are coupled, add the state `held`, which marks the kept units, to
-        `changes`."""
+        """For coupled channels, add the entry `held`, which marks the kept units, to `changes`."""
         if not (self._holds_channels and channels.groups_of(layouts)):
             return changes
         held = channels.of_kept_channels(self._unit_margins(weights, changes, layouts), layouts)
@@ -332,10 +334,11 @@ class DST(LayerMethod):
         As in a global ranking, every layer keeps at least a minimum number of weights.
 
         Returns:
-            A tuple `(gap, shifts, limits)`. `gap` is the common shift at which the model meets the
-            target. `shifts` lists the shift of each layer. `limits` lists the largest shift at
-            which each layer keeps its minimum number of weights. If channels are coupled, each
-            entry of `shifts` and `limits` is a tensor with one shift per threshold.
+            A tuple `(gap, shifts, limits)`. If all thresholds were shifted by `gap`, the model
+            would meet the target sparsity. `shifts` lists how far the thresholds of each layer are
+            shifted. `limits` lists the largest shift with which each layer keeps its minimum number
+            of weights. For coupled channels, each entry of `shifts` and `limits` is a tensor with
+            one shift per threshold.
         """
         if channels.groups_of(layouts):
             units = self._unit_margins(weights, states, layouts)
@@ -350,8 +353,8 @@ class DST(LayerMethod):
         lowest = ops.unstack(masks.kth(margins, ops.convert_to_tensor(least, "int32")), len(shapes))
         limits = []
         for w, margin, low in zip(weights, margins, lowest):
-            # If all margins (Q) of a layer are equal, no margin exceeds `low`. A limit slightly
-            # below the margins keeps all weights of such a layer.
+            # If all weights of a layer have the same margin Q, no margin exceeds `low`. A limit
+            # slightly below this margin keeps all weights of the layer.
             edge = ops.minimum(ops.min(ops.where(margin > low, margin, _ALWAYS)), ops.max(margin))
             limits.append(edge - 1e-6 * ops.cast(ops.max(ops.abs(w)), "float32"))
         ranked = [ops.where(m > x, _ALWAYS, m) for m, x in zip(margins, limits)]

@@ -7,8 +7,8 @@ grad <- grad + lambda ||grad||_2 / sqrt(n) N(0, 1)        for every tensor, n it
 
 Pruned weights stay pruned, and pruning events are equally spaced. Each event ranks all tensors
 together, and removes the fraction `rate` of the kept weights with the lowest scores. The last event
-removes only as many weights as the target requires. The `n` events take place after the fractions
-1/(n+1), ..., n/(n+1) of training, as in the training runs of the paper.
+removes only as many weights as the target requires. The `n` pruning events take place after the
+fractions 1/(n+1), ..., n/(n+1) of training, as in the training runs of the paper.
 
 Deviations from the paper: the normal random numbers of the noise are read from a precomputed table
 (`random.normal`). A training run of fewer than 20 epochs prunes in small steps along a cubic ramp.
@@ -44,27 +44,29 @@ class FlipOut(UpdateMethod):
             `rate` is passed.
         power: Exponent p of the magnitude. Defaults to 2.
         noise: Factor lambda of the gradient noise. A factor of 0 adds no noise. Defaults to None,
-            which means 1, as in the paper, for training runs of at least 20,000 steps. In a shorter
-            training run, the factor decreases in proportion to the number of steps, down to 0.1.
+            which means a factor of 1, as in the paper, if training has at least 20,000 steps. In a
+            shorter training run, the default factor is proportional to the number of steps, but at
+            least 0.1.
         rate: Fraction of the kept weights that a pruning event removes, in (0, 1). Do not pass
             `rate` with a `Schedule`, which has its own pruning events. Defaults to None, which
-            means 0.5, as in the paper.
+            means half of the kept weights (0.5), as in the paper.
         allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
-            `"global"` ranks the weights of all layers together, as in the paper. Other values are
-            `"uniform"`, `"erk"`, and a dict that maps weight names or regular expressions to
+            `"global"` ranks the weights of all layers together, as in the paper. `allocation` can
+            also be `"uniform"`, `"erk"`, or a dict that maps weight names or regular expressions to
             sparsities. Defaults to `"global"`.
         pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
             single weights, as in the paper. `"1x4"` prunes blocks of 1 output and 4 inputs. `"2:4"`
             keeps 2 of every 4 weights. `"channel"` prunes output channels. The score of a block or
             channel is the mean score of its weights. Defaults to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100
-            steps, and less if training would otherwise have fewer than 20 updates.
+        frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
+            update per epoch. Defaults to None, which means 100 steps. In a short training run, None
+            means more frequent updates, so that the masks are updated about 20 times.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
-            `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
-            `allocation="global"`, the default is a quarter of the weights that the layer would keep
-            with `allocation="erk"`.
-        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+            `min_kept` counts channels instead of weights. Defaults to None, which means a minimum
+            of 1. With `allocation="global"`, the default minimum is a quarter of the weights that
+            the layer would keep with `allocation="erk"`.
+        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
             `Magnitude`. Defaults to 8.
         groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to
@@ -133,7 +135,7 @@ class FlipOut(UpdateMethod):
         return Geometric(sparsity, end=number / (number + 1), rate=rate)
 
     def init(self, kernels, steps):
-        # Use the smallest integer type in which `flips + 1` cannot overflow.
+        # Count the sign flips in the smallest integer type in which `flips + 1` cannot overflow.
         most = 2**31 - 1 if steps is None else steps + 1
         dtype = "int32" if most >= 2**15 else "int16" if most > 255 else "uint8"
         return [{"flips": ("zeros", dtype)} for _ in kernels]

@@ -35,9 +35,9 @@ class Magnitude(UpdateMethod):
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
             the sparsity grows along a cubic ramp over the first three quarters of training.
         allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
-            `"global"` ranks the weights of all layers together. Other values are `"uniform"`,
-            `"erk"`, and a dict that maps weight names or regular expressions to sparsities.
-            Defaults to `"global"`.
+            `"global"` ranks the weights of all layers together. `allocation` can also be
+            `"uniform"`, `"erk"`, or a dict that maps weight names or regular expressions to
+            sparsities. Defaults to `"global"`.
         pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
             single weights. `"1x4"` prunes blocks of 1 output and 4 inputs. `"2:4"` keeps 2 of every
             4 weights. `"channel"` prunes output channels. The score of a block or channel is the
@@ -52,22 +52,23 @@ class Magnitude(UpdateMethod):
             magnitude of the scale in the normalization layer that follows the weight. `"bn_scale"`
             needs `pattern="channel"`. Weights that no normalization layer follows are ranked by
             `|w|`. Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100
-            steps, and less if training would otherwise have fewer than 20 updates.
+        frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
+            update per epoch. Defaults to None, which means 100 steps. In a short training run, None
+            means more frequent updates, so that the masks are updated about 20 times.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
-            `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
-            `allocation="global"`, the default is a quarter of the weights that the layer would keep
-            with `allocation="erk"`.
-        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+            `min_kept` counts channels instead of weights. Defaults to None, which means a minimum
+            of 1. With `allocation="global"`, the default minimum is a quarter of the weights that
+            the layer would keep with `allocation="erk"`.
+        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels.
             Layers with fewer than `2 * round_to` channels can keep any number of channels. Defaults
             to 8.
         groups: Layers whose channels are removed together, for `pattern="channel"` and a model with
             its own `call` method. Each group is a list of layers. A layer is given by its name or
             path, or by a pair of the path of a weight and the axis of its channels. Channels in no
-            group are never pruned. Defaults to None, which means that the groups are read from the
-            graph of the model.
+            group are never pruned. Defaults to None, in which case the groups of layers are found
+            in the graph of the model.
 
     Raises:
         ValueError: If an argument is outside its range, or if `score="taylor"` is combined with a
@@ -140,7 +141,7 @@ class Magnitude(UpdateMethod):
             return [saliency.lamp(w) for w in weights]
         if self.score == "taylor" and self.revival:
             return [s["taylor"] for s in states]
-        if self.score == "taylor":  # The averages of pruned weights decay without reaching 0.
+        if self.score == "taylor":  # The averages of pruned weights decay, but never reach 0.
             return [ops.where(s["mask"], s["taylor"], -1.0) for s in states]
         if self.score == "bn_scale":
             return [

@@ -34,8 +34,8 @@ from keras_dst.methods.base import SHORT, LayerMethod
 from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Schedule, Sigmoid, as_schedule
 
-# Minimum of the factor by which the learning rate of the scores is multiplied. The minimum matters
-# only in the first ranking, because all scores would be equal if the factor were 0.
+# Smallest factor by which the learning rate of the scores is multiplied. If the factor were 0 at
+# the first mask update, all scores would be equal.
 _SLOWEST = 1e-9
 
 
@@ -48,25 +48,26 @@ class OptG(LayerMethod):
             the sparsity grows along a sigmoid, or along a cubic ramp if training has fewer than 20
             epochs.
         beta: Steepness of the sigmoid per epoch. Do not pass `beta` with a `Schedule`, which has
-            its own curve. Defaults to None, which means 1, as in the paper, for training runs of at
-            least 20 epochs. In a shorter training run, None means that the sparsity grows along a
-            cubic ramp in the first half of training.
+            its own curve. Defaults to None, which means a steepness of 1, as in the paper, if
+            training has at least 20 epochs. In a shorter training run without `beta`, the sparsity
+            grows along a cubic ramp in the first half of training.
         allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
-            `"global"` ranks the weights of all layers together, as in the paper. Other values are
-            `"uniform"`, `"erk"`, and a dict that maps weight names or regular expressions to
+            `"global"` ranks the weights of all layers together, as in the paper. `allocation` can
+            also be `"uniform"`, `"erk"`, or a dict that maps weight names or regular expressions to
             sparsities. Defaults to `"global"`.
         pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
             single weights, as in the paper. `"1x4"` prunes blocks of 1 output and 4 inputs. `"2:4"`
             keeps 2 of every 4 weights. `"channel"` prunes output channels. The score of a block or
             channel is the mean score of its weights. Defaults to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means one
-            epoch, and less if training would otherwise have fewer than 20 updates.
+        frequency: Number of training steps from one mask update to the next, or `"epoch"`. Defaults
+            to None, which means one update per epoch. In a training run of few epochs, None means
+            more frequent updates, so that the masks are updated about 20 times.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
-            `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
-            `allocation="global"`, the default is a quarter of the weights that the layer would keep
-            with `allocation="erk"`.
-        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+            `min_kept` counts channels instead of weights. Defaults to None, which means a minimum
+            of 1. With `allocation="global"`, the default minimum is a quarter of the weights that
+            the layer would keep with `allocation="erk"`.
+        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
             `Magnitude`. Defaults to 8.
         groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to
@@ -126,8 +127,8 @@ class OptG(LayerMethod):
         return Sigmoid(self.sparsity, steepness=(self.beta or 1.0) * epochs)
 
     def build(self, layer, name, variable, layout):
-        # `rate` is the factor by which the learning rate of the scores is multiplied. `anchor`
-        # holds the scores at the last mask update.
+        # `rate` is the factor by which the learning rate of the scores is multiplied. `anchor` is a
+        # copy of the scores that is made at every mask update.
         return {
             "scores": layer.add_weight(
                 name=f"{name}_scores", shape=variable.shape, initializer="zeros", autocast=False

@@ -25,7 +25,7 @@ class RigL(SET):
 
     Args:
         sparsity, allocation, pattern, drop_fraction, stop, stop_step, frequency, min_kept,
-            counted_in, round_to, groups: See `SET`.
+            counted_in, round_to, groups: These arguments have the same meaning as in `SET`.
         seed: Seed of the random first mask. Defaults to 0.
 
     Example:

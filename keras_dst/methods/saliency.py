@@ -36,10 +36,9 @@ def magnitude(w: Tensor) -> Tensor:
 def lamp(w: Tensor) -> Tensor:
     """Return the layer-adaptive score of every entry of a weight, in [0, 1].
 
-    The score of an entry is its square, divided by a sum of squares. The sum contains all entries
-    of the weight tensor that have at least the same magnitude. The largest entry of every layer has
-    the score 1, so a ranking of all layers together keeps the entry. Among equal entries, the later
-    entry has the higher score.
+    The square of each entry is divided by the sum of the squares of all entries with at least the
+    same magnitude. The largest entry of every layer has the score 1, so a ranking of all layers
+    together never prunes this entry. Among equal entries, the later entry has the higher score.
 
     Args:
         w: Float tensor of any shape.
@@ -69,7 +68,8 @@ def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
     of 0.9.
 
     Args:
-        average: Saliency before the batch, float32, in the shape of `w`. Pass zeros at first.
+        average: Saliency after the previous batch, a float32 tensor in the shape of `w`. Pass zeros
+            at first.
         w: Weight.
         grad: Gradient of the loss with respect to the weight.
 
@@ -83,7 +83,7 @@ def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
 
 
 def bn_scale(w: Tensor, gamma: Tensor) -> Tensor:
-    """Return the absolute normalization scale of the output unit of each weight.
+    """Return, for each weight, the magnitude of the normalization scale of its output unit.
 
     Train with an L1 penalty on the scales, as in the paper. Without an L1 penalty, the scales say
     little about the importance of a unit.

@@ -9,11 +9,11 @@ training:
 drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
 ```
 
-Deviation from the paper: the drop fraction is not constant. The cosine schedule of the drop
-fraction ends after three quarters of training. The cosine schedule and the Erdős-Rényi-Kernel
-densities come from the RigL paper (arXiv 1911.11134). Extension of the paper: if channels are
-coupled, the weights of a grown channel start at random values. A channel whose weights are all 0
-may get no gradient, for example if a ReLU follows.
+Deviation from the paper: the drop fraction is not constant. The drop fraction decreases along a
+cosine curve until three quarters of training. The cosine curve and the Erdős-Rényi-Kernel densities
+come from the RigL paper (arXiv 1911.11134). Extension of the paper: if channels are coupled, the
+weights of a grown channel start at random values. A channel whose weights are all 0 may get no
+gradient, for example if a ReLU follows.
 """
 
 from __future__ import annotations
@@ -60,16 +60,18 @@ class SET(UpdateMethod):
         drop_fraction: Fraction of the kept weights that the first update replaces, in [0, 1). The
             fraction decreases to 0 along a cosine curve. Defaults to 0.3.
         stop: Fraction of training after which the masks do not change. Defaults to None, which
-            means 0.75.
+            means three quarters of training (0.75).
         stop_step: Step after which the masks do not change. Do not pass `stop_step` together with
             `stop`. `stop_step` is required for training without the `SparseTraining` callback.
             Defaults to None.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100
-            steps, and less if training would otherwise have fewer than 20 updates.
+        frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
+            update per epoch. Defaults to None, which means 100 steps. In a short training run, None
+            means more frequent updates, so that the masks are updated about 20 times.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
-            `min_kept` counts channels instead of weights. Defaults to None, which means 1.
-        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+            `min_kept` counts channels instead of weights. Defaults to None, which means a minimum
+            of 1.
+        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
             `Magnitude`. Defaults to 8.
         groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to
@@ -165,8 +167,8 @@ class SET(UpdateMethod):
         return first, math.floor(self._stop * (total_steps or 0))
 
     def followers_settled(self, step, total):
-        # Until the last mask update, SET may restore a pruned channel. With a scale of 0, the
-        # grown channel would get no gradient.
+        # Until the last mask update, SET may restore a pruned channel. Do not set its normalization
+        # scale to 0, because the restored channel would then get no gradient.
         if self.stop_step is not None:
             return step >= self.stop_step
         known = ops.cast(total, "float32")
@@ -189,7 +191,7 @@ class SET(UpdateMethod):
         """Return scores that rank the kept weights first, and all other weights after them.
 
         Args:
-            stay: Boolean masks of the weights that are not dropped.
+            stay: Boolean masks of the kept weights that this mask update does not drop.
             began: One boolean scalar per weight tensor, which is false until the first mask update.
             states: States of the weights.
             now: Position of the mask update in the training run.
@@ -200,13 +202,12 @@ class SET(UpdateMethod):
         return rank_first(stay, drawn)
 
     def update(self, weights, states, layouts, kept, now):
-        # Masks are all ones before the first update. The first mask is random, and the kept weights
-        # retain their initial values.
+        # Before the first update, every mask is all ones. The first update draws a random mask, and
+        # the kept weights retain their initial values.
         began = [ops.logical_not(ops.all(s["mask"])) for s in states]
         drop = ops.cast(ops.round(self._drop(now) * ops.cast(kept, "float32")), "int32")
-        # Pass the magnitudes from a generator. This function then keeps no reference to the
-        # magnitudes, and `rank` can free their memory. The magnitudes need as much memory as the
-        # whole model.
+        # Compute the magnitudes in a generator, so that this function keeps no reference to them
+        # and `rank` can free their memory. The magnitudes need as much memory as the whole model.
         magnitudes = (ops.abs(ops.cast(w, "float32")) for w in weights)
         magnitudes = (
             where_in_place(s["mask"], magnitude, -1.0, out=magnitude)

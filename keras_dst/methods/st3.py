@@ -21,8 +21,8 @@ formula for `std` come from the authors' code.
 Deviations from the paper: masks are updated every 16 steps instead of every step. The sparsity ramp
 begins at the first step, and not after 5 of 160 epochs as in the paper. `tau` is the largest
 magnitude among the pruned weights instead of an interpolated quantile, so that every kept weight
-exceeds `tau`. A layer has its own, lower `tau` if it would otherwise keep fewer weights than its
-minimum. With an allocation other than `"global"`, every layer has its own `tau`.
+exceeds `tau`. A layer has its own, lower threshold `tau` if it would otherwise keep fewer weights
+than its minimum. With an allocation other than `"global"`, every layer has its own `tau`.
 `LayerMethod.limited` limits the gradients of pruned weights.
 
 Extension of the paper: with `pattern="channel"`, all weights of a channel have the same factor:
@@ -32,7 +32,8 @@ v = a w max(0, 1 - tau / s)        s: saliency of the channel
 a = (1 + e) / (sum max(0, s - tau) / sum s + e)        for each group of coupled channels
 ```
 
-With `pattern="channel"`, `tau` is the largest saliency of a pruned channel in the group.
+With `pattern="channel"`, `tau` is the largest saliency of a pruned channel in the same group of
+coupled channels.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from keras_dst.methods.base import LayerMethod, UnitMethod
 from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-_EPSILON = 0.01  # The constant `e` limits the factor `a` of units whose weights are all pruned.
+_EPSILON = 0.01  # Constant `e`: limits the factor of units whose weights are all pruned.
 # Value that is added to mean magnitudes, so that a unit of zeros causes no division by 0.
 _TINY = 1e-6
 
@@ -70,19 +71,20 @@ class ST3(LayerMethod):
             layer before they are ranked (ST-3 sigma). ST-3 sigma makes the sparsities of the layers
             more similar and saves more FLOPs. Defaults to False.
         allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
-            `"global"` ranks the weights of all layers together, as in the paper. Other values are
-            `"uniform"`, `"erk"`, and a dict that maps weight names or regular expressions to
+            `"global"` ranks the weights of all layers together, as in the paper. `allocation` can
+            also be `"uniform"`, `"erk"`, or a dict that maps weight names or regular expressions to
             sparsities. Defaults to `"global"`.
         pattern: Which weights are pruned together: `"unstructured"` (single weights, as in the
             paper) or `"channel"` (output channels). Defaults to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 16 steps,
-            and less if training would otherwise have fewer than 20 updates.
+        frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
+            update per epoch. Defaults to None, which means 16 steps. In a short training run, None
+            means more frequent updates, so that the masks are updated about 20 times.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
-            `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
-            `allocation="global"`, the default is a quarter of the weights that the layer would keep
-            with `allocation="erk"`.
-        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+            `min_kept` counts channels instead of weights. Defaults to None, which means a minimum
+            of 1. With `allocation="global"`, the default minimum is a quarter of the weights that
+            the layer would keep with `allocation="erk"`.
+        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
             `Magnitude`. Defaults to 8.
         groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to
@@ -152,8 +154,8 @@ class ST3(LayerMethod):
         )
         mask = self.mask(w, state, layout)
         value = ops.cast(masks.masked(soft, mask), w.dtype)
-        # The term in parentheses is 0, but its gradient with respect to `w` is 1. The gradient
-        # therefore passes straight through to `w`.
+        # The difference `w - stop_gradient(w)` is 0, but its gradient with respect to `w` is 1. The
+        # gradient therefore passes straight through to `w`.
         straight = ops.stop_gradient(value) + (w - ops.stop_gradient(w))
         return self.limited(straight, mask, state)
 
@@ -168,7 +170,8 @@ class ST3(LayerMethod):
         found = self.rank(scores, layouts, kept)
         if self.pattern == "channel":
             return self._channel_changes(scores, states, layouts, found)
-        # For every weight tensor, find its largest pruned score and its smallest kept score.
+        # For every weight tensor, find the largest score of a pruned weight and the smallest score
+        # of a kept weight.
         below = [ops.max(ops.where(m, 0.0, s)) for m, s in zip(found, scores)]
         above = [ops.min(ops.where(m, s, np.inf)) for m, s in zip(found, scores)]
         common = ops.max(ops.stack(below)) if self.allocation == "global" else np.float32(np.inf)
@@ -183,7 +186,7 @@ class ST3(LayerMethod):
 
     @staticmethod
     def _channel_changes(scores, states, layouts, found):
-        """Return the changed states for masks of whole channels."""
+        """Return the changed states of all weights if whole channels are pruned."""
         factors = channels.per_unit(_channel_factors, scores, found, layouts)
         changes = []
         for state, mask, factor, layout in zip(states, found, factors, layouts):
@@ -223,5 +226,5 @@ def _factor(magnitude, mask, layout):
 
 
 def _ratio(whole, left):
-    """Return the factor `a`. The rescaling factor is exactly 1 if nothing is pruned."""
+    """Return the rescaling factor `a`, which is exactly 1 if nothing is pruned."""
     return (whole + _EPSILON * whole) / (left + _EPSILON * whole)
