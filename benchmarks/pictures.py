@@ -15,8 +15,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 from benchmarks import results
-from benchmarks.files.tflite_grid import NETS, PATTERNS, SPARSITIES
-from benchmarks.training_cost.scaling import SIZES
+from benchmarks.files.tflite_grid import NETS, PATTERNS, SPARSITIES, TITLES
+from benchmarks.training_cost.scaling import SECTIONS, SIZES
 
 IMAGES = results.ROOT / "docs" / "images"
 TASK = "mnist"
@@ -75,10 +75,10 @@ def draw_errors(figure, shown) -> None:
     axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100 %"])
     axes.minorticks_off()
     axes.set_xlabel("test error, logarithmic; left is better")
-    title = f"{shown['net']}, {shown['epochs']} epochs, {len(dense)} seeds, no method tuned"
+    title = f"{shown['net']}, {shown['epochs']} epochs, {len(dense)} seeds,\nno method tuned"
     axes.set_title(title, loc="left")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right", fontsize="small")
 
 
 # -- Step time by network size ---------------------------------------------------------------------
@@ -100,21 +100,21 @@ def step_time_ratios() -> dict:
 
 
 def draw_step_time_ratios(figure, shown) -> None:
-    every = figure.subplots(1, len(shown), sharey=True)
+    every = figure.subplots(len(shown), sharey=True)
     for axes, (axis, found) in zip(every, shown.items()):
         for name, ratios in found["ratios"].items():
             axes.plot(found["sizes"], ratios, marker=".", label=name)
         axes.axhline(1, color="grey", linestyle="--")
         axes.set_xscale("log")
-        axes.set_xlabel(axis)
+        axes.set_xlabel(SECTIONS[axis].lower())
         axes.grid(alpha=0.3)
-    every[0].set_ylabel("time of a step, dense network = 1")
-    every[1].legend(ncols=2, loc="upper center", fontsize="small")
+    figure.supylabel("time of a step, dense network = 1")
+    figure.legend(*every[0].get_legend_handles_labels(), ncols=3, loc="outside upper center")
 
 
 # -- Latency of exported files ---------------------------------------------------------------------
 
-KINDS = {"this CPU": ("sparse", "latency"), "no AVX": ("arm", "latency_no_avx")}
+KINDS = {"AVX": ("sparse", "latency"), "no AVX": ("arm", "latency_no_avx")}
 
 
 def files() -> dict:
@@ -137,9 +137,9 @@ def files() -> dict:
 
 
 def draw_files(figure, shown) -> None:
-    every = figure.subplots(1, len(shown), sharey=True)
+    every = figure.subplots(2, len(shown) // 2, sharex=True, sharey=True)
     places = range(len(SPARSITIES))
-    for axes, (net, found) in zip(every, shown.items()):
+    for axes, (net, found) in zip(every.flat, shown.items()):
         for number, (pattern, latencies) in enumerate(found.items()):
             for (cpu, values), line in zip(latencies.items(), ("-", ":")):
                 style = {"color": f"C{number}", "linestyle": line, "marker": "."}
@@ -147,16 +147,18 @@ def draw_files(figure, shown) -> None:
         axes.axhline(1, color="grey", linestyle="--")
         axes.set_yscale("log")
         axes.set_xticks(places, [f"{s:.0%}" for s in SPARSITIES])
-        axes.set_title(net)
+        axes.set_title(TITLES[net])
         axes.grid(alpha=0.3)
-    every[0].set_ylabel("latency, dense float32 file = 1")
-    every[0].legend(fontsize=7)
+    figure.supxlabel("sparsity")
+    figure.supylabel("latency, dense float32 file = 1")
+    lines = every[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, ncols=3, loc="outside upper center", fontsize="small")
 
 
 PICTURES = {
-    "methods": (errors, draw_errors, (7, 3.6)),
-    "growth": (step_time_ratios, draw_step_time_ratios, (12, 3.4)),
-    "files": (files, draw_files, (9, 3.4)),
+    "methods": (errors, draw_errors, (5.2, 3.8)),
+    "growth": (step_time_ratios, draw_step_time_ratios, (5.2, 6.6)),
+    "files": (files, draw_files, (5.2, 5.2)),
 }
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def notebook(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:
             elif "image/png" in output["data"]:
                 name = f"{path.stem}_{len(pictures)}.png"
                 pictures[f"notebooks/{name}"] = base64.b64decode(output["data"]["image/png"])
-                parts.append(f"![Picture that the code above draws]({name})")
+                # A tap on the picture shows the picture alone, which a phone can enlarge.
+                parts.append(f"[![Picture that the code above draws]({name})]({name})")
     return "\n\n".join(parts) + "\n", pictures
 
 

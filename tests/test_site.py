@@ -93,6 +93,12 @@ def test_formulas_and_figures_fit_a_phone(site):
         assert not re.search(r"\d (%|± \d)", prose), path
 
 
+def test_links_are_named_after_their_page(site):
+    """The text of a link is not the name of a file or an address."""
+    for path, text in html(site).items():
+        assert not re.search(r"<a [^>]*>(\d\d_\w+|https?://[^<]*)</a>", text), path
+
+
 def test_every_column_has_a_heading(site):
     for path, text in html(site).items():
         assert not re.search(r"<th[^>]*>\s*</th>", text), path

@@ -225,7 +225,12 @@ def table():
         result = stored[backend]
         names = list(methods())
         keras = result["versions"]["keras"]
-        lines += ["", f"## {backend}, Keras {keras}", "", f"| model | {' | '.join(names)} |"]
+        lines += [
+            "",
+            f"## {results.TITLES[backend]}, Keras {keras}",
+            "",
+            f"| model | {' | '.join(names)} |",
+        ]
         lines += ["|---|" + "---|" * len(names)]
         for model in MODELS:
             row = result["cells"].get(model, {})
