@@ -62,11 +62,18 @@ def on_page_content(html, page, config, files):
     """Allow line breaks after the dots of long names, and forbid line breaks in figures."""
     name = r'(?<=<span class="doc doc-object-name )[^<]+'
     html = re.sub(name, lambda heading: heading[0].replace(".", ".<wbr>"), html)
+    html = re.sub(r"<t[dh]\b.*?</t[dh]>", _breakable, html, flags=re.DOTALL)
     parts = re.split(r"(<pre.*?</pre>|<code.*?</code>)", html, flags=re.DOTALL)
     figure = r"(?<=\d) (?=%)|(?<=\d) (?=± \d)|(?<=±) (?=\d)"
     return "".join(
         part if i % 2 else re.sub(figure, "&nbsp;", part) for i, part in enumerate(parts)
     )
+
+
+def _breakable(cell) -> str:
+    """Allow line breaks within long names in the cell of a table."""
+    place = r"(?<=\w[._(=])(?=[A-Za-z])"
+    return re.sub("<code>[^<]+", lambda code: re.sub(place, "<wbr>", code[0]), cell[0])
 
 
 def _link(target: str, file: File) -> str:

@@ -104,6 +104,12 @@ def test_every_column_has_a_heading(site):
         assert not re.search(r"<th[^>]*>\s*</th>", text), path
 
 
+def test_long_names_in_tables_can_break(site):
+    text = (site / "moving_over/index.html").read_text()
+    assert "<code>representative_<wbr>data_<wbr>gen</code>" in text
+    assert "<code>Magnitude(0.7, " in text
+
+
 def test_pages_of_methods_omit_empty_columns(site):
     """A column with only the dense baseline is omitted."""
     consensus, rigl = (
