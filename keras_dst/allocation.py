@@ -199,10 +199,10 @@ def equal_drop(
 
     Every weight tensor is pruned until the metric drops by the same amount. This drop of the metric
     is chosen so that the total sparsity meets the target. Between two measured sparsities, the drop
-    of the metric is interpolated linearly. Before the search, negative drops of the metric become
-    0. At every sparsity, the drop of a weight tensor is then replaced by its largest drop at the
-    same or a lower sparsity. If several choices of sparsities have the same largest drop of the
-    metric, the function returns the most even sparsities.
+    of the metric is interpolated linearly. Before the search, each negative drop of the metric is
+    set to zero. At every sparsity, the drop of a weight tensor is then replaced by its largest drop
+    at the same or a lower sparsity. If several choices of sparsities have the same largest drop of
+    the metric, the function returns the most even sparsities.
 
     Args:
         sparsities: Sparsities at which the drops of the metric were measured, increasing from 0.

@@ -552,7 +552,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """Set the pruned weights to zero again, after other code assigned values to the weights.
 
         Some methods store a copy of the weights, such as `Magnitude(revival=True)`. This function
-        also updates the kept weights in the copy.
+        also updates the kept weights in the stored copy.
         """
         for kernel, state, specs in zip(self.kernels, self.states, self._state_specs(self.kernels)):
             value, mask = ops.convert_to_tensor(kernel), _mask_of(state)

@@ -125,8 +125,8 @@ class ChannelGroups:
         return total(array(base[used] / base.sum()) * inputs * outputs)
 
     def rounding_step(self, method) -> float:
-        """Return the largest change in sparsity if one group rounds to the next number of
-        channels."""
+        """Return the largest change in sparsity if the number of channels in one group is
+        rounded."""
         step, _ = _steps(self, method)
         whole = self.sizes.astype("float64")
         each = [
@@ -205,7 +205,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
         shapes: Shapes of all weights that the method prunes.
-        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
+        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
+            computes.
         names: Paths of the weights, which are needed if the allocation is a dict.
         sparsity: Sparsity at the current step.
     """
@@ -232,7 +233,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         return float(groups.kept_share(counts, method.counted_in))
 
     # Find the density by bisection. At the density `low`, the model keeps at most the target
-    # fraction of its channels, parameters or FLOPs. At the density `high`, the model keeps more.
+    # fraction of its channels, parameters or FLOPs. At the density `high`, the model keeps more
+    # than the target fraction.
     low, high = 0.0, 1.0
     if share(rounded(target)) <= target:
         low = target
@@ -265,8 +267,8 @@ def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
 def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
     """Return the density of every group that the allocation names, and NaN for all other groups.
 
-    An allocation can name several weights of a group. The group then gets the highest of their
-    densities.
+    An allocation can name several weights of a group. The group then gets the highest density of
+    these weights.
     """
     own = np.full(len(groups.sizes), np.nan)
     if not isinstance(method.allocation, Mapping):
@@ -305,7 +307,8 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
         scores: Saliency of all weights, in the shapes of the weights.
-        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
+        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
+            computes.
         kept: The array that the function `kept_counts` returned, as a tensor.
     """
     groups, pattern = _required(layouts), Pattern("channel")
@@ -347,7 +350,8 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
 
     Args:
         scores: Saliency of all weights, in the shapes of the weights.
-        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
+        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
+            computes.
 
     Returns:
         A float32 vector with one entry per channel.
@@ -362,7 +366,7 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         units.append(pooled / ops.where(scale > 0, scale, 1.0))
     # `every` holds the scores of all output units, followed by a 0. Row c of `places` lists the
     # positions in `every` of the units that compute channel c. Rows of channels with fewer units
-    # are padded with the position of the 0.
+    # are padded with the position of this 0 in `every`.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
@@ -385,7 +389,8 @@ def per_unit(
             kept channels. The function returns a float32 vector with one entry per channel.
         scores: Saliency of all weights, in the shapes of the weights.
         found: Boolean masks that a ranking returned, one mask per weight.
-        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
+        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
+            computes.
 
     Returns:
         A list with one vector per weight, which has one value per output unit. Units that are
@@ -418,7 +423,8 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
 
     Args:
         found: Boolean masks that a ranking returned, one mask per weight.
-        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
+        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
+            computes.
     """
     first = _units_of_channels(tuple(layouts))[0][:, 0]
     units, start, places = [], 0, np.zeros(len(first), "int32")
@@ -484,7 +490,8 @@ def scales_of(
 
     Args:
         shapes: Shapes of all weights.
-        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
+        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
+            computes.
         gammas: One pair `(index, channels)` per variable that holds normalization scales. `index`
             is the index of the variable, and `channels` is an array with the channel that each
             entry of the variable scales. If several variables scale a channel, the first variable
@@ -514,7 +521,8 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
 
     Args:
         values: One float32 tensor per weight, of any shape, with one value per output unit.
-        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
+        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
+            computes.
     """
     units = [ops.reshape(v, (-1,)) for v, layout in zip(values, layouts) if layout.channels]
     every = ops.pad(ops.concatenate(units), [(0, 1)], constant_values=_LOWEST)
@@ -529,7 +537,8 @@ def of_kept_channels(margins: Sequence[Tensor], layouts: Sequence[Layout]) -> li
 
     Args:
         margins: One float32 tensor per weight, with the score minus the threshold of every unit.
-        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
+        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
+            computes.
 
     Returns:
         One float32 tensor per weight, in the shape of the weight's margins.
@@ -551,14 +560,16 @@ def shifts(
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
         margins: One float32 tensor per weight, with the score minus the threshold of every unit.
-        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
+        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
+            computes.
         kept: Result of `kept_counts` for a global ranking, as a tensor.
 
     Returns:
         A tuple `(common, rises, limits)`. If all thresholds rose by `common`, the model would keep
         as many channels as the target requires. `rises` holds the amount by which each threshold
-        rises. `limits` holds the largest amount at which the group of the threshold still keeps its
-        minimum number of channels. For units that are always kept, both amounts are 0.
+        rises. `limits` holds the largest amount by which each threshold can rise while its group
+        keeps the minimum number of channels. For units that are always kept, `rises` and `limits`
+        are 0.
     """
     groups = _required(layouts)
     largest = largest_of_units(margins, layouts)
@@ -591,7 +602,8 @@ def _in_shapes(values: Tensor, like: Sequence[Tensor], layouts: Sequence[Layout]
     Args:
         values: Vector with one entry per channel, and a last entry for units that are always kept.
         like: One tensor per weight, with one entry per output unit.
-        layouts: One `masks.Layout` per weight: its axes, and the channels that it computes.
+        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
+            computes.
     """
     found = []
     for tensor, layout in zip(like, layouts):
