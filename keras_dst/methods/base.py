@@ -239,8 +239,7 @@ class Method(Configurable):
         return True
 
     def monitored(self, state: State) -> dict[str, Tensor]:
-        """Return the values of a state to log to TensorBoard, as a dict that maps names to
-        values."""
+        """Return the tensors of one weight that are logged to TensorBoard, as a dict by name."""
         return {}
 
     def kept_counts(
@@ -613,9 +612,9 @@ class UnitMethod(LayerMethod):
     """Base class of methods that prune whole output units together with their biases.
 
     A gate of 0 or 1 multiplies all weights of an output unit. Layers that compute the outputs of
-    the model are not pruned. If the output units differ in cost, the target sparsity is a fraction
-    of the total cost. By default, the method stores one gate per output unit. Every `update` opens
-    the gates of the units with the highest mean scores.
+    the model are not pruned. If the output units differ in cost, the target sparsity is the removed
+    fraction of the total cost. By default, the method stores one gate per output unit. Every
+    `update` opens the gates of the units with the highest mean scores.
 
     Attributes:
         needs_use_counts: True if `bind_layers` needs to know in how many multiplications each

@@ -17,9 +17,9 @@ become so low that its thresholds are reset to 0. In the last quarter of trainin
 shifts the thresholds so that the model meets the target exactly. For thresholds t < -1, the penalty
 is linear in t. Thresholds that are not finite are reset to 0. `LayerMethod.limited` limits the
 gradients of pruned weights. If several layers compute a channel, the channel is pruned only if it
-is below its threshold in all of the layers. The margin Q of a channel is the largest Q of its
-units. With a target sparsity, every update stores which channels are kept. Until the next update,
-no layer masks the units of the kept channels.
+is below its threshold in all of the layers. The margin Q of a channel is therefore the largest
+margin of its units. With a target sparsity, every update stores which channels are kept. Until the
+next update, no layer masks the units of the kept channels.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ class OptG(LayerMethod):
             more frequent updates, so that the masks are updated about 20 times.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means a minimum
-            of 1 weight or channel. With `allocation="global"`, the default minimum is a quarter of
-            the weights that the layer would keep with `allocation="erk"`.
+            of 1 weight or channel. With `allocation="global"` and no coupled channels, the default
+            minimum is a quarter of the weights that the layer would keep with `allocation="erk"`.
         counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
             `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
