@@ -214,8 +214,8 @@ def table():
         "evaluates, saves, loads and strips the model. The benchmark uses small inputs and random "
         "weights. A check mark means that all steps succeeded, and that the loaded model and the "
         "stripped model predict exactly the same values as the trained model. An empty cell means "
-        "that the combination was not run. `make bench-models` writes this page from the runs in "
-        "`results/models`.",
+        "that the benchmark has not run this model with this method. `make bench-models` writes "
+        "this page from the runs in `results/models`.",
     ]
     notes: list[str] = []
     stored = results.runs(BENCHMARK)
