@@ -75,7 +75,7 @@ def test_every_page_begins_with_a_sentence(site):
 def test_markdown_is_rendered_as_on_github(site):
     """Nested lists are rendered as nested lists, and a formula does not start a paragraph."""
     contributing = (site / "CONTRIBUTING/index.html").read_text()
-    assert re.search(r"The mark <code>every\(n\)</code>((?!</li>).)*<ul", contributing, re.DOTALL)
+    assert re.search(r"test file with <code>every\(n\)</code>((?!</li>).)*<ul", contributing, re.DOTALL)
     for path, text in html(site).items():
         assert not re.search(r"</p>\s*<(span><)?math", text), path
     for page in [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md"]:
