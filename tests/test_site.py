@@ -75,7 +75,7 @@ def test_every_page_begins_with_a_sentence(site):
 def test_markdown_is_rendered_as_on_github(site):
     """Nested lists are rendered as nested lists, and a formula does not start a paragraph."""
     contributing = (site / "CONTRIBUTING/index.html").read_text()
-    assert re.search(r"test file with <code>every\(n\)</code>((?!</li>).)*<ul", contributing, re.DOTALL)
+    assert re.search(r"file with <code>every\(n\)</code>((?!</li>).)*<ul", contributing, re.DOTALL)
     for path, text in html(site).items():
         assert not re.search(r"</p>\s*<(span><)?math", text), path
     for page in [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md"]:
@@ -126,7 +126,7 @@ def test_the_reference_shows_the_default_value_of_every_argument(site):
     page = (site / "methods/rigl/index.html").read_text()
     rows = re.findall(r'<tr class="doc-section-item">(.*?)</tr>', page, re.DOTALL)
     rows = [re.sub(r"<[^>]+>|\s", "", row) for row in rows]
-    assert any(re.fullmatch("drop_fractionfloatSeeSET.0.3", row) for row in rows), rows
+    assert any(re.fullmatch("drop_fractionfloat.*asinSET.0.3", row) for row in rows), rows
     for path, text in html(site).items():
         assert not re.search(r"<code>\w+, \w+</code>\s*</td>", text), path
 
