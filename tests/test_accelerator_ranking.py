@@ -418,7 +418,7 @@ def train_small_model(name, policy):
     return driver.measure()
 
 
-@every(12)
+@every(24)
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("name", ["magnitude", "set", *test_contract.KINDS])

@@ -13,7 +13,7 @@ from keras_dst.schedules import Constant, Cubic
 from tests import models
 from tests.backends import every
 
-pytestmark = every(16)
+pytestmark = every(32)
 
 x, y = models.data(size=128)
 

@@ -12,7 +12,7 @@ from keras_dst.methods import DCIL, Magnitude
 from tests import models
 from tests.backends import every
 
-pytestmark = every(8)
+pytestmark = every(16)
 
 PATCHED = ("save", "save_weights", "evaluate", "compute_loss")
 x, y = models.data(size=32)
@@ -70,7 +70,7 @@ def model(request):
     return sparse(request.param)
 
 
-@every(10)
+@every(20)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize(
     ("hook", "epoch"),

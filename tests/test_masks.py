@@ -402,7 +402,7 @@ TOP_K = [
 ]
 
 
-@every(6)
+@every(12)
 @pytest.mark.parametrize(
     ("scores", "kept", "expected"),
     [pytest.param(*case, id=what) for what, *case in TOP_K],
@@ -411,7 +411,7 @@ def test_top_k(scores, kept, expected):
     assert_equal(top_k(scores, kept), [np.array(mask, bool) for mask in expected])
 
 
-@every(6)
+@every(12)
 @pytest.mark.skipif(COMPILES, reason="the test changes the search, which must not be compiled")
 @pytest.mark.parametrize(
     ("scores", "kept", "expected"),

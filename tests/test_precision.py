@@ -15,7 +15,7 @@ from keras_dst.methods import LayerMethod
 from tests import models
 from tests.backends import COMPILES, LONG, every
 
-pytestmark = every(4)
+pytestmark = every(8)
 
 METHODS = {
     "dst": methods.DST(),
@@ -91,7 +91,7 @@ def check_training(method, first=None, second=None):
     np.testing.assert_array_equal(model.predict(x, verbose=0), predicted)
 
 
-@every(6)
+@every(12)
 @pytest.mark.usefixtures("float64")
 def test_float64_as_default_dtype(method):
     check_training(method)
@@ -110,7 +110,7 @@ def test_layers_of_two_dtypes_in_one_model(method, types):
 RANKED = [name for name in METHODS if not name.startswith(("dst", "consensus"))]
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", RANKED)
 def test_masks_equal_those_of_float32(name, dtype):

@@ -20,7 +20,7 @@ from keras_dst.methods import DST, Consensus, Magnitude
 from tests import models
 from tests.backends import every, once
 
-pytestmark = every(16)
+pytestmark = every(32)
 
 # Fewer examples are tested on JAX and TensorFlow, because JAX compiles and TensorFlow traces every
 # op of a random network.
@@ -699,7 +699,7 @@ def assert_smaller(model, x, layer="hidden"):
     return small
 
 
-@every(6)
+@every(12)
 @pytest.mark.parametrize("kind", STATEFUL_LAYERS)
 def test_shrink_keeps_the_whole_state_of_other_layers(kind):
     model = with_layer(STATEFUL_LAYERS[kind]())
@@ -837,7 +837,7 @@ READERS = {
 }
 
 
-@every(6)
+@every(12)
 @pytest.mark.filterwarnings("ignore:.*destroy the mask information")
 @pytest.mark.parametrize("reader", READERS)
 def test_shrink_with_masks_of_an_embedding(reader):
@@ -1085,7 +1085,7 @@ def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, se
 
 # The network has so few channels that its sparsity may differ from the target by a few percent. DST
 # warns that the sparsity differs from the target.
-@every(4)
+@every(8)
 @pytest.mark.filterwarnings("ignore:DST")
 @pytest.mark.parametrize("method", [Magnitude, DST], ids=lambda method: method.__name__)
 def test_shrink_a_trained_residual_network(method):

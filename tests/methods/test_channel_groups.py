@@ -10,7 +10,7 @@ from keras_dst.methods import Magnitude
 from keras_dst.methods.channels import ChannelGroups, Channels, alive, channel_scores
 from tests.backends import every
 
-pytestmark = every(6)
+pytestmark = every(12)
 
 # The model adds the outputs of a stem (3 -> 4 channels) and a branch (4 -> 2 -> 4 channels). The
 # head (4 -> 5) is not pruned. The first group of coupled channels contains the channels of the sum.

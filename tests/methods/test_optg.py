@@ -14,7 +14,7 @@ from tests import models
 from tests.backends import every
 from tests.gradients import gradients
 
-pytestmark = every(12)
+pytestmark = every(24)
 
 x, y = models.data(size=128)
 
