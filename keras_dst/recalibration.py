@@ -87,7 +87,7 @@ def _normalizations(model) -> list:
         raise ValueError(
             f"Expected a model with trainable BatchNormalization layers. Received: '{model.name}' "
             f"with {len(found)} BatchNormalization layers, none of which is trainable. Fix: set "
-            "layer.trainable = True for its BatchNormalization layers, or do not call recalibrate."
+            "layer.trainable = True for BatchNormalization layers, or do not call recalibrate."
         )
     for layer in trained:
         if getattr(layer, "renorm", False):
@@ -114,8 +114,8 @@ def _averaging(layer) -> Iterator[None]:
 
     def averaged(inputs, *args, **kwargs):
         nonlocal samples
-        # Set the moving statistics to 0 before the first call. The momentum of the first call is 0,
-        # and 0 times an infinite statistic would be NaN.
+        # Set the moving statistics to 0 before the first call. The first call multiplies the old
+        # statistics by momentum 0, and an infinite statistic would become NaN.
         if not samples:
             for variable in _statistics(layer):
                 variable.assign(np.zeros(variable.shape))

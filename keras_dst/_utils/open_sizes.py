@@ -10,14 +10,14 @@ _OTHER_SIZES = (64, 128, 256, 16, 8, 4, 2, 1)
 
 
 def accepted_size(draw: Callable[[int], Any], run: Callable[[Any], Any], fix: str) -> int:
-    """Try several sizes for the unknown axes of a model's inputs, and return the first that works.
+    """Try several sizes for the unknown axes of a model's inputs, and return the first valid size.
 
     Some models accept only certain sizes of their inputs. A position embedding limits the length of
     a sequence, and strides require a minimum size of images.
 
     Args:
-        draw: Function that receives a size, and returns random inputs whose unknown axes all have
-            this size.
+        draw: Function that returns random inputs of the model. It receives the size of all unknown
+            axes.
         run: Function that runs the model on inputs.
         fix: Last part of the error message, which says how to avoid the error.
 

@@ -88,8 +88,8 @@ def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
     in CSR.
     """
     sparsity, rank = tensor.sparsity, len(shape(tensor))
-    # Position of each stored entry along the axes that the loop has read. After the last axis, the
-    # positions are indices into `entries`.
+    # Position of each stored entry in the part of the encoding that the loop has read. After the
+    # last axis, the positions are indices into `entries`.
     positions = np.zeros(1, np.int64)
     # For each axis that the loop has read, one array with the index of each stored entry along the
     # axis.

@@ -34,9 +34,9 @@ WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRAN
 #: Index of the input that holds the weight, for all ops in `WEIGHT_OPS`.
 WEIGHT_SLOT = 1
 
-# XNNPACK does not run this version of FULLY_CONNECTED. LiteRT's builtin kernel runs it instead, and
-# reads sparse weights correctly. XNNPACK runs all other versions, but misreads a sparse weight as a
-# dense weight, and refuses int8 weights that a DENSIFY op unpacks.
+# XNNPACK does not run this version of FULLY_CONNECTED. LiteRT runs this version with its builtin
+# kernel, which reads sparse weights correctly. XNNPACK runs all other versions, but misreads a
+# sparse weight as a dense weight, and refuses int8 weights that a DENSIFY op unpacks.
 SPARSE_FULLY_CONNECTED_VERSION = 8
 
 _NUMPY = {
@@ -52,8 +52,8 @@ class Format:
 
     Attributes:
         block: Number of consecutive values along the last axis that form a block. Only blocks with
-            nonzero values are stored. With a block size of 1, the weight is stored in CSR. With 0,
-            the weight is stored dense.
+            nonzero values are stored. With a block size of 1, the weight is stored in CSR. With a
+            block size of 0, the weight is stored dense.
         unpack: Whether DENSIFY and DEQUANTIZE ops compute a dense float weight once, when the file
             is loaded. If False, ops read the stored sparse or int8 values directly.
         int8: Whether the values are quantized to int8. Defaults to False.

@@ -21,8 +21,8 @@ _FULL_BATCH_AND_CHANNELS = 0b1001
 
 
 def is_applicable(graph: schema.SubGraphT, op: schema.OperatorT, kernel: Sequence[int]) -> bool:
-    """Return whether a CONV_2D can be replaced. The op must have only one group, and an input of
-    known height and width."""
+    """Return whether a CONV_2D can be replaced. The CONV_2D must have only one group, and an input
+    of known height and width."""
     tensor = graph.tensors[op.inputs[0]]
     signature = tensor.shapeSignature
     sizes = tensor.shape if signature is None or not len(signature) else signature

@@ -35,8 +35,8 @@ class Cpu:
         matrix: Nanoseconds per multiplication, in a dense op with many input rows, such as a
             convolution.
         direct: Nanoseconds per stored value and input row, in a FULLY_CONNECTED op that reads a
-            sparse weight directly. The dict maps each encoding to two numbers: the time with one
-            input row, and the time with many input rows.
+            sparse weight directly. The dict maps each encoding to a pair: nanoseconds with one
+            input row, and nanoseconds with many input rows.
         row: Nanoseconds per output value, in addition to ``direct``, in a FULLY_CONNECTED op that
             reads a sparse weight directly.
         copy: Nanoseconds per value that PAD, STRIDED_SLICE or CONCATENATION writes.

@@ -117,7 +117,8 @@ def sparsity_at_latency(
     method(0.5)  # Check the arguments before the conversion, which takes seconds.
     (dense,) = conversions(model, ["float32"])
     measured: dict[float, float] = {}
-    # Lower and upper bound of the sparsity. Each bound is a pair: a sparsity and its latency ratio.
+    # The search continues between two sparsities, `low` and `high`. Each is stored in a pair with
+    # its latency ratio.
     low, high = (0.0, 1.0), (1.0, 0.0)
     while len(measured) < _MAX_FILES:
         share = (low[1] - latency_ratio) / (low[1] - high[1])

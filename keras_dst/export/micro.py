@@ -59,8 +59,7 @@ _OP_NAMES = """
 OPS = frozenset(_OP_NAMES.split())
 _WORKER = Path(__file__).with_name("micro_worker.py")
 _PRUNING_HEADER = np.array([2, 1, 0, 0, 1, *[0] * 11], np.uint8)
-# Number of bytes that the memory arena of TFLM has in addition to the estimated size of all
-# tensors.
+# Size of the memory arena of TFLM, in bytes, beyond the estimated size of all tensors.
 _SPARE_ARENA = 1 << 24
 
 

@@ -30,7 +30,7 @@ def to_int8(array: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
 
 
 def dequantize(integers: np.ndarray, parameters: schema.QuantizationParametersT) -> np.ndarray:
-    """Convert quantized integers to float32, with their scales and zero points."""
+    """Compute float32 values from quantized integers, scales and zero points."""
     zero_point = _along_axis(parameters.zeroPoint, integers, parameters)
     return (integers - zero_point).astype(np.float32) * steps(integers, parameters)
 

@@ -195,9 +195,9 @@ def read_samples(
         model: A built Keras 3 model.
         data: Inputs in any form that `model.predict` accepts. Labels in a data set are ignored.
         argument: Name of the argument with which the user passed the data, for error messages.
-        limit: Maximum number of samples to return. If None, the default, all samples are returned.
-        streamed: Maximum number of samples to read from a data set or generator. If 0, the default,
-            ``limit`` is the maximum.
+        limit: Maximum number of samples to return. Defaults to None: all samples are returned.
+        streamed: Maximum number of samples to read from a data set or generator. Defaults to 0: the
+            same maximum as ``limit``.
 
     Raises:
         ValueError: If the data is of an unsupported type, or does not fit the inputs of the model.

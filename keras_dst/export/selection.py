@@ -1,10 +1,10 @@
 """Select the storage format of each weight tensor of a model.
 
 Fixed rules exclude all storage formats that the runtime would read incorrectly. The choice among
-the other formats depends on the file size and on the measured or estimated latency. The rules
-follow the kernels of XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly. All
-other ops need a dense weight, which the op DENSIFY unpacks when the file is loaded. To store the
-weight of a CONV_2D sparse, the export can replace the CONV_2D by slices of the input and a
+the valid storage formats depends on the file size and on the measured or estimated latency. The
+rules follow the kernels of XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly.
+All other ops need a dense weight, which the op DENSIFY unpacks when the file is loaded. To store
+the weight of a CONV_2D sparse, the export can replace the CONV_2D by slices of the input and a
 FULLY_CONNECTED op.
 """
 
@@ -25,8 +25,8 @@ from keras_dst.export.latency_model import CPUS, LatencyModel
 MIN_BLOCK_DENSITY = 0.75
 #: Largest number of inputs, and of stored blocks per output, that a sparse int8 weight with float
 #: inputs may have. LiteRT's kernel stores the position of each block of 16 inputs in one byte, and
-#: the number of blocks per output in another byte. For larger weights, the bytes overflow, and the
-#: results are wrong.
+#: the number of blocks per output in another byte. If a weight is larger, these bytes overflow, and
+#: the kernel computes wrong results.
 MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
 #: Two latencies, or two sizes, count as equal if the larger is at most this factor times the
 #: smaller.
@@ -50,8 +50,8 @@ class Choice:
         bytes: Size of the weight in the selected format, in bytes.
         reason: Why the file keeps the weight unchanged, or an empty string if the format changes.
         latency_ratio: Latency of the ops that read the weight, relative to their latency with the
-            dense weight. If the latency is determined for several CPUs, the value is the largest
-            ratio. Defaults to 1.
+            dense weight. If latencies are measured or estimated for several CPUs, the value is the
+            largest of their latency ratios. Defaults to 1.
     """
 
     weight: Weight
@@ -63,15 +63,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Selected format of each weight tensor, in file order, and the bytes of the file that stores
-    the weights in the selected formats."""
+    """Selected storage format of each weight tensor, in file order, and the bytes of the resulting
+    ``.tflite`` file."""
 
     choices: list[Choice]
     content: bytes
 
     @property
     def formats(self) -> dict[int, Format]:
-        """New formats of the weights whose format changes, as a dict from buffer index to
+        """Dict from the buffer index of each weight whose storage format changes to its new
         format."""
         return _formats(self.choices)
 
@@ -111,7 +111,7 @@ class Objective:
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
         """Return the latency of each file divided by the latency of the first file.
 
-        With timers for several CPUs, return the largest ratio of each file.
+        If there are timers for several CPUs, return the largest latency ratio of each file.
         """
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]

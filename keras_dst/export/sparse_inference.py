@@ -1,8 +1,8 @@
 """Find the ops of a graph that XNNPACK runs with sparse kernels, and check their results.
 
 On CPUs without AVX, such as every ARM CPU, XNNPACK can run connected ops of a graph in NCHW instead
-of NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. These connected ops are called
-an NCHW region. XNNPACK forms an NCHW region only if the graph contains a DENSIFY op. The region
+of NHWC layout. Such a set of ops is called an NCHW region. In NCHW layout, 1x1 convolutions skip
+zero weights. XNNPACK forms an NCHW region only if the graph contains a DENSIFY op. The region
 begins at an entry op: a 3x3 convolution with stride 2 over 3 channels, padded by 1 on each side.
 The region ends at an exit op: a mean over height and width, or DEPTH_TO_SPACE. All ops of the
 region must support NCHW layout. No op outside the region may read a tensor of the region. In the
@@ -67,8 +67,8 @@ class Node:
         inputs: Computed tensors that the op reads, without constants.
         outputs: Tensors that the op computes.
         role: All roles that the op can have in an NCHW region.
-        obstacle: Text that describes the op if the op cannot read data in NCHW layout, and an empty
-            string otherwise.
+        obstacle: Text such as "ADD of a constant" if the op cannot read data in NCHW layout, and an
+            empty string if it can.
         zeros: Number of zero weights of a 1x1 convolution or a FULLY_CONNECTED op, and 0 for other
             ops.
         weights: Number of all weights of a 1x1 convolution or a FULLY_CONNECTED op, and 0 for other
@@ -87,10 +87,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Region:
-    """NCHW region of a graph, and the ops that go wrong because of the region.
+    """NCHW region of a graph, and the ops whose results are wrong because of the NCHW layout.
 
     ``nodes`` lists the ops that XNNPACK runs in NCHW layout. ``wrong`` lists the ops of the graph
-    that then fail or compute wrong results.
+    that fail or compute wrong results because of the NCHW layout.
     """
 
     nodes: list[Node]
@@ -188,7 +188,7 @@ def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
 
 
 def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
-    """Return the ops of the graph that XNNPACK builds from a graph of the file, in file order."""
+    """Return the ops that XNNPACK runs for a graph of a ``.tflite`` file, in file order."""
     unpacked, pads = constant_sources(model, graph), _merged_pads(model, graph)
     found = []
     for op in graph.operators:
@@ -273,15 +273,15 @@ def _sizes(tensor: schema.TensorT) -> list[int]:
 
 def _reduction(model, graph, op, kind) -> str:
     """Return a description of a MEAN or SUM op that would compute wrong results from NCHW data.
-    Return an empty string if the results would be right."""
+    Return an empty string if the op would compute right results."""
     axes = values(model, graph.tensors[op.inputs[1]])
     left = {1, 2, 3} - {int(axis) % 4 for axis in ([] if axes is None else axes.ravel())}
-    if 3 in left and left != {3}:  # In NCHW layout, the remaining axes are in another order.
+    if 3 in left and left != {3}:  # NCHW results have another axis order.
         return f"{kind} over one of height and width"
     made = int(op.outputs[0])
     readers = {op_name(model, other) for other in graph.operators if made in indices(other.inputs)}
     if op.builtinOptions.keepDims and (readers != {"RESHAPE"} or made in indices(graph.outputs)):
-        return f"{kind} with keepdims"  # In NCHW layout, the result has another shape.
+        return f"{kind} with keepdims"  # An NCHW result has another shape.
     return ""
 
 
@@ -326,7 +326,7 @@ def _describe(name: str, op: schema.OperatorT, padding: tuple[int, ...] | None) 
 
 
 def _padding(op, kernel, pads) -> tuple[int, ...] | None:
-    """Return the padding of a convolution above, below, left and right of its input.
+    """Return by how many pixels a convolution pads its input above, below, left and right.
 
     The result is None if the padding depends on the size of the input.
     """

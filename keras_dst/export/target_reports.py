@@ -117,7 +117,8 @@ class MicroReport:
         dense_bytes: Size of the dense int8 file, whose outputs are bit-identical.
         unread_bytes: Number of bytes of the dense int8 file that TFLM does not need. The exported
             file omits metadata, scales of biases, repeated zero points and copies of equal values.
-            Of the names of merged ops, only the first is kept.
+            If several ops were merged into one op, the exported file keeps only the name of the
+            first.
         dense_gzip_bytes: Size of the dense int8 file after compression with gzip.
         arena: Number of bytes of the memory arena that the exported file needs.
         dense_arena: Number of bytes of the memory arena that the dense int8 file needs.

@@ -82,12 +82,12 @@ def export_tflite(
         representative: Typical input samples for ``quantize="full"``, in any form that
             `model.predict` accepts. All samples of an array are used, but only the first 1000
             samples of a data set or generator.
-        evaluate: Data on which the accuracy of the exported file and of the dense files is
-            measured: ``(x, y)``, or a data set, data loader or generator of batches ``(x, y)``.
-            Labels are integers or one-hot vectors. Sample weights are ignored. Alternatively,
-            ``evaluate`` is a function that receives ``predict`` and returns a number. ``predict``
-            accepts inputs like `model.predict`, and returns the outputs of the file. Defaults to
-            None: accuracy is not measured.
+        evaluate: Data to measure the accuracy of the exported and the dense files: ``(x, y)``, or a
+            data set, data loader or generator of batches ``(x, y)``. Labels are integers or one-hot
+            vectors. Sample weights are ignored. Alternatively, ``evaluate`` is a function that
+            receives ``predict`` and returns a number. ``predict`` accepts inputs like
+            `model.predict`, and returns the outputs of the file. Defaults to None: accuracy is not
+            measured.
         vela_path: Path where the file that Vela compiled for the NPU is saved, in an existing
             folder. Defaults to None: the compiled file is not saved.
         progress: Function that is called with a line of text before each step.

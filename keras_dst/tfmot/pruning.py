@@ -142,7 +142,7 @@ def prunable_layers(layers, method: PruneLowMagnitude) -> list:
 class _PrunedOnBuild(_keras.BuildHook):
     """Mixin for layers that are not built yet when they are prepared for pruning, such as `LSTM`.
 
-    When such a layer is built, its inner layers are prepared for pruning.
+    When the layer is built, `after_build` prepares its inner layers for pruning.
     """
 
     stock: type
