@@ -261,9 +261,9 @@ class DST(LayerMethod):
         `drift` is how much training and the schedule decrease the gap per update if alpha is 0.
         `response` is how much more the gap decreases per update if alpha is 1. The controller
         estimates `drift` and `response` by exponentially weighted least squares. The gap and
-        `drift` have the unit of the weights, and alpha has the unit of the loss. Each update sets alpha so
-        that the gap to the target sparsity shrinks by the fraction `_GAP_SHARE` until the next
-        update. If the model keeps too few weights, alpha is negative.
+        `drift` have the unit of the weights, and alpha has the unit of the loss. Each update sets
+        alpha so that the gap to the target sparsity shrinks by the fraction `_GAP_SHARE` until the
+        next update. If the model keeps too few weights, alpha is negative.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
         # At the end of training (progress 1), `update` does not shift the thresholds. The training
