@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst._backend import jit
+from keras_dst._backend import jit, numbers
 from keras_dst._backend.ranking import kth, top_k
 from keras_dst._utils.validation import check_integer, is_integer
 
@@ -167,7 +167,7 @@ def stop_gradient_where(mask: Tensor, w: Tensor) -> Tensor:
     Example:
         >>> keras_dst.masks.stop_gradient_where(mask, w)
     """
-    w, mask = (ops.reshape(v, ops.shape(v)) for v in (w, mask))  # See `straight_through_product`.
+    w, mask = jit.tensor_of(w), jit.tensor_of(mask)
     return _without_gradient_where(mask, w)
 
 
@@ -203,13 +203,36 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
         >>> keras_dst.masks.limit_gradient(g, mask, 2.0)  # [1, -1, 2]
     """
     gradient, mask = ops.convert_to_tensor(gradient), ops.convert_to_tensor(mask)
-    if keras.backend.backend() == "torch":
-        return jit.limit_gradient(gradient, mask, limit)
-    squares = masked(ops.square(ops.cast(gradient, "float32")), mask)
-    count = ops.sum(ones(squares > 0, "float32"))
-    largest = limit * ops.sqrt(ops.sum(squares) / ops.maximum(count, 1.0))
-    largest = ops.cast(ops.where(ops.any(mask), largest, np.float32(np.inf)), gradient.dtype)
-    return ops.where(mask, gradient, ops.clip(gradient, -largest, largest))
+    kept = masked(gradient, mask)
+    largest = ops.where(jit.count_all_true(mask) > 0, _largest(kept, limit), np.float32(np.inf))
+    return _limit_pruned(gradient, kept, largest)
+
+
+def _largest(kept, limit):
+    """Return the largest allowed magnitude of a pruned entry of a gradient.
+
+    Args:
+        kept: Gradient, in which all pruned entries are 0.
+        limit: Largest ratio of a pruned entry to the root mean square of the kept entries.
+    """
+    kept = ops.cast(kept, "float32")
+    count = numbers.at_least(jit.sum_of_squares(ops.sign(kept)), 1.0)
+    return limit * (jit.sum_of_squares(kept) / count) ** 0.5
+
+
+def _limit_pruned(gradient, kept, largest):
+    """Return a gradient in which the magnitude of pruned entries is at most `largest`.
+
+    Args:
+        gradient: Gradient of the masked weight.
+        kept: Gradient, in which all pruned entries are 0.
+        largest: Number, as a float32 tensor.
+    """
+    largest = ops.cast(largest, gradient.dtype)
+    # Kept entries of this difference are 0. On torch, `+=` overwrites the tensor `pruned`.
+    pruned = numbers.at_least(numbers.at_most(gradient - kept, largest), -largest)
+    pruned += kept
+    return pruned
 
 
 def with_limited_gradient(w: Tensor, mask: Tensor, limit: Tensor | float) -> Tensor:
@@ -225,7 +248,7 @@ def with_limited_gradient(w: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
         >>> keras_dst.masks.with_limited_gradient(w * mask, mask, 10.0)
     """
     limit = ops.convert_to_tensor(limit, "float32")
-    w, mask = (ops.reshape(v, ops.shape(v)) for v in (w, mask))  # See `straight_through_product`.
+    w, mask = jit.tensor_of(w), jit.tensor_of(mask)
     return _with_limited_gradient(w, mask, limit)
 
 
@@ -237,7 +260,9 @@ def _with_limited_gradient(w, mask, limit):
     return w, grad
 
 
-def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+def straight_through_product(
+    w: Tensor, scores: Tensor, mask: Tensor, limit: Tensor | float | None = None
+) -> Tensor:
     """Return `w * mask`, and also pass a gradient to the scores.
 
     If `g` is the gradient of the product, then `dL/dw = g * mask` and `dL/dscores = g * w`. The
@@ -247,17 +272,18 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
         w: Float tensor.
         scores: Scores by which the weights are ranked, with the shape and dtype of `w`.
         mask: Boolean tensor in the shape of `w`.
+        limit: If given, `dL/dscores = limit_gradient(g, mask, limit) * w`, except that pruned
+            entries get no gradient if the mask keeps no entries. Defaults to None.
 
     Example:
         >>> keras_dst.masks.straight_through_product(w, scores, mask)
 
     Source: straight-through estimator, arXiv 1308.3432.
     """
-
-    # `reshape` converts variables to tensors, because TensorFlow does not accept variables in a
-    # custom gradient.
-    w, scores, mask = (ops.reshape(v, ops.shape(v)) for v in (w, scores, mask))
-    return _straight_through_product(w, scores, mask)
+    w, scores, mask = map(jit.tensor_of, (w, scores, mask))
+    if limit is None:
+        return _straight_through_product(w, scores, mask)
+    return _limited_product(w, scores, mask, ops.convert_to_tensor(limit, "float32"))
 
 
 # The functions with custom gradients are defined once, because `torch.jit.trace` compares them by
@@ -268,6 +294,18 @@ def _straight_through_product(w, scores, mask):
     def grad(*args, upstream=None):
         g = _upstream(args, upstream)
         return masked(g, mask), g * w, None
+
+    return masked(w, mask), grad
+
+
+@ops.custom_gradient
+def _limited_product(w, scores, mask, limit):
+    def grad(*args, upstream=None):
+        g = _upstream(args, upstream)
+        kept = masked(g, mask)
+        to_scores = _limit_pruned(g, kept, _largest(kept, limit))
+        to_scores *= w
+        return kept, to_scores, None, None
 
     return masked(w, mask), grad
 

@@ -298,7 +298,18 @@ COMPILE_ARGUMENTS = {
     # `jit_compile` needs no test here, because all other tests on JAX use it.
     "jax": [{"steps_per_execution": 4}],
     # Keras rejects steps_per_execution on PyTorch. Compiling a PyTorch step takes a minute.
-    "torch": [{"run_eagerly": True}, pytest.param({"jit_compile": True}, marks=slow)],
+    "torch": [
+        {"run_eagerly": True},
+        pytest.param(
+            {"jit_compile": True},
+            marks=[
+                slow,
+                # torch.compile causes these warnings inside PyTorch.
+                pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
+                pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not"),
+            ],
+        ),
+    ],
 }[keras.backend.backend()]
 
 

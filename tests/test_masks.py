@@ -187,6 +187,22 @@ def test_straight_through_product(dtype):
     np.testing.assert_allclose(to_scores, array(g) * array(w), rtol=EPSILON[dtype])
 
 
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_straight_through_product_with_a_limit(dtype):
+    w, scores, g = (tensor(random(3, 4, seed=seed), dtype) for seed in range(3))
+    mask = tensor(random(3, 4, seed=3) > 0, "bool")
+
+    def product(w, scores):
+        return masks.straight_through_product(w, scores, mask, 0.5)
+
+    np.testing.assert_array_equal(array(product(w, scores)), array(w) * array(mask))
+    to_w, to_scores = gradients(product, [w, scores], g)
+    np.testing.assert_array_equal(to_w, array(g) * array(mask))
+    limited = array(masks.limit_gradient(g, mask, 0.5))
+    assert (limited != array(g)).any()
+    np.testing.assert_allclose(to_scores, limited * array(w), rtol=EPSILON[dtype])
+
+
 # -- patterns --------------------------------------------------------------------------------------
 
 # Columns: pattern, shape of the weight, layout, shape of the block.

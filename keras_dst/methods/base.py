@@ -538,8 +538,16 @@ class LayerMethod(Method):
             mask: Boolean mask in the shape of the weight.
             state: Variables that the method stores for the weight, as a dict.
         """
+        return masks.with_limited_gradient(effective, mask, self.limit(state))
+
+    def limit(self, state: State) -> Tensor:
+        """Return the `limit` of `masks.limit_gradient` for one weight.
+
+        Args:
+            state: State of the weight, as a dict of variables.
+        """
         total = ops.convert_to_tensor(state["progress"])[2] if "progress" in state else 0
-        return masks.with_limited_gradient(effective, mask, gradient_limit(self.length(total)))
+        return gradient_limit(self.length(total))
 
 
 _full_path = ContextVar("full_path", default=False)

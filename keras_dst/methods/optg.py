@@ -17,7 +17,7 @@ last update by `sigmoid(beta (e - E/2))`, instead of changing the learning rate.
 Deviations from the paper: the sigmoid is stretched from exactly 0 to exactly 1, so that the final
 sparsity equals the target. A training run of fewer than 20 epochs prunes along a cubic ramp in its
 first half. In the second half of such a run, the weights adapt to the final masks.
-`LayerMethod.limited` limits the gradients of the scores of pruned weights.
+`masks.straight_through_product` limits the gradients of the scores of pruned weights.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class OptG(LayerMethod):
 
     def apply(self, w, state, layout):
         scores, mask = (ops.convert_to_tensor(state[name]) for name in ("scores", "mask"))
-        return self.limited(masks.straight_through_product(w, scores, mask), mask, state)
+        return masks.straight_through_product(w, scores, mask, self.limit(state))
 
     def monitored(self, state):
         return {"scores": state["scores"]}
