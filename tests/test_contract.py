@@ -302,12 +302,8 @@ COMPILE_ARGUMENTS = {
         {"run_eagerly": True},
         pytest.param(
             {"jit_compile": True},
-            marks=[
-                slow,
-                # torch.compile causes these warnings inside PyTorch.
-                pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
-                pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not"),
-            ],
+            # torch.compile causes several warnings inside PyTorch.
+            marks=[slow, pytest.mark.filterwarnings("ignore")],
         ),
     ],
 }[keras.backend.backend()]
