@@ -30,8 +30,8 @@ def backends(page):
     """Return the names of the backends on which the code blocks of a page run.
 
     A page that names no backend runs on PyTorch, because training steps on PyTorch need no
-    compilation. If the page exports files, it runs on TensorFlow, because PyTorch starts a second
-    Python process for every export.
+    compilation. If the code of the page exports .tflite files, the page runs on TensorFlow, because
+    on PyTorch, every export starts a second Python process.
     """
     python = [(info, code) for language, info, code in fences(page) if language == "python"]
     exports = any("export_tflite" in code for _, code in python)

@@ -330,8 +330,11 @@ def _check_convertible(model: keras.Model, signature: Signature, quantize: str |
 def _compare(
     model: keras.Model, files: list[bytes], data: _Data, settings: Settings
 ) -> list[FileReport]:
-    """Return one `FileReport` per file. `files` lists the dense files first, and the exported file
-    last."""
+    """Return one `FileReport` per file.
+
+    `files` lists the dense float32 file first, and then the dense int8 file, if there is one. The
+    exported file is last, except for `target="micro"`, where `files` lists only dense files.
+    """
     at = {"threads": settings.threads, "batch": settings.batch}
     nothing: Sequence[None] = [None] * len(files)
     loads: Sequence[float | None] = nothing
