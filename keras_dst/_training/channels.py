@@ -210,7 +210,7 @@ def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndar
     if method.counted_in == "flops" and any(flops is None for _, flops in costs):
         raise ValueError(
             "The target is counted in FLOPs, but the FLOPs of some weights are unknown. "
-            "print(keras_dst.report(model)) lists them. Set the target as a share of the parameters "
-            "instead."
+            "print(keras_dst.report(model)) lists them. Set the target as a share of the "
+            "parameters instead."
         )
     return np.array(shares), np.array([[size, flops or 0] for size, flops in costs], "float64")
