@@ -398,7 +398,7 @@ def waits_of_steps(method):
 def test_a_torch_step_waits_no_more_than_a_dense_step(name):
     method = METHODS[name][0] if name in METHODS else keras_dst.methods.DST()
     method = type(method).from_config({**method.get_config(), "frequency": 1000})
-    # The last of the three steps comes after the last mask update.
+    # Three steps are trained. No mask is updated in the third step, which is compared.
     assert waits_of_steps(method)[-1] == waits_of_steps(None)[-1]
 
 

@@ -1,4 +1,5 @@
-"""Tests of allocations: comparison with plain Python, and the exact sum of the kept counts."""
+"""Tests of allocations, against formulas in plain Python and against the requested number of kept
+weights."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tests of the clock of mask updates, which computes the steps at which masks are updated."""
+"""Tests of `UpdateClock`, which computes the training steps at which masks are updated."""
 
 import pytest
 

@@ -151,8 +151,8 @@ def test_gates_reach_the_target_and_can_be_saved_stripped_and_shrunk(
     history = fit(model).history
     assert np.isfinite(history["loss"]).all()
     open_ = np.concatenate([np.ravel(array(gate.is_open())) for gate in gates_of(model)])
-    # The cost of the network is closest to the target cost if 19 of the 32 channels, or 2 of the 4
-    # branches, have open gates.
+    # With gates on channels, the cost is closest to the target if 19 of the 32 gates are open. With
+    # gates on branches, the cost is closest to the target if 2 of the 4 gates are open.
     assert open_.sum() == (19 if structure == "channel" else 2)
     assert history["sparsity"][-1] == pytest.approx(1 - open_.mean())
 

@@ -15,10 +15,10 @@ from keras_dst.optimizers import SparseOptimizer
 from tests import models
 from tests.backends import once
 
-# Free a block of 64 MiB under each memory policy, and print whether the process keeps the block. By
-# default, glibc returns a freed block of this size to the operating system. The program runs in a
-# process of its own and imports no backend. In a process with a large heap, glibc may place the
-# block in a gap of the heap. Such a block is kept under every memory policy.
+# The program frees a block of 64 MiB under each memory policy, and prints whether the process keeps
+# the block. By default, glibc returns a freed block of this size to the operating system. The
+# program runs in a process of its own and imports no backend. In a process with a large heap, glibc
+# may place the block in a gap of the heap. Such a block is kept under every memory policy.
 PROGRAM = """
 import importlib.util, mmap, os, pathlib, sys
 

@@ -419,8 +419,8 @@ def test_two_sparse_optimizers_prune_a_generator_and_a_discriminator():
     assert (zeros(model.generator), zeros(model.discriminator)) == (0.75, 0.5)
     model.fit(noise, real, batch_size=32, verbose=0)
     assert int(sgd.iterations.numpy()) == 10
-    # After `strip`, training changes all weights that were pruned, except the weights of inactive
-    # units.
+    # Training after `strip` changes pruned weights, so fewer weights are zero. The weights of
+    # inactive units stay zero, because they get no gradient.
     assert zeros(model.generator) < 0.75
     assert zeros(model.discriminator) < 0.5
 

@@ -397,7 +397,8 @@ def test_shrink_removes_inputs_of_recurrent_layers():
 
 
 def kill_directions(layer, *names):
-    """Set all weights of the last unit to zero in the named directions of a `Bidirectional`."""
+    """Set all weights of the last unit of a `Bidirectional` to zero. `names` may contain
+    `"forward"` and `"backward"`."""
     for name in names:
         cell = getattr(layer, f"{name}_layer").cell
         for variable in cell.weights:
@@ -1074,8 +1075,8 @@ def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, se
         assert row.after - sum(row.reasons.values()) <= living, row
         assert all(any(known in why for known in REASONS) for why in row.reasons), row
     again = Plan(small)
-    # If a grouped convolution has only one group left, it becomes a plain convolution, and a second
-    # call of `shrink` could remove more channels.
+    # If only one group of a grouped convolution is left, the convolution becomes a plain
+    # convolution. A second call of `shrink` could then remove more channels.
     alone = any(getattr(handler.op, "groups", 1) > 1 for handler in Plan(model).handlers)
     assert alone or all(again.keeps(handler.y).all() for handler in again.handlers)
 
@@ -1133,8 +1134,8 @@ class TestErrors:
     def test_different_outputs_raise(self, monkeypatch):
         model = convnet()
         kill(model, "one")
-        # Simulate a bug: constants are moved into the bias, which is wrong if the layer pads with
-        # zeros.
+        # Simulate a bug in `shrink`: ignore the zero padding, and add the constant channels to the
+        # bias of the next layer. The outputs then differ at the border.
         monkeypatch.setattr(KernelLayer, "pads_with_zeros", False)
         with pytest.raises(RuntimeError, match="would change the outputs"):
             keras_dst.shrink(model)

@@ -657,7 +657,7 @@ def test_a_layer_that_is_frozen_between_two_fits_keeps_its_mask(name, with_callb
 @once
 @pytest.mark.parametrize("fitted", [False, True])
 def test_selected_layers_may_be_frozen_before_the_optimizer_is_built(fitted, tmp_path):
-    """If a model is loaded with frozen layers, its optimizer is built without these layers."""
+    """Keras builds the optimizer of a loaded model without the variables of frozen layers."""
     data, labels = x.reshape(96, -1)[:, :16], y
     model = models.compiled(frozen_model("trainable"))
     keras_dst.sparsify(model, Magnitude(0.8), filters=["base", "mid"])

@@ -134,8 +134,8 @@ def timings(files: list[bytes], rounds: int = 1) -> list:
 def compared_with_half_width(build) -> dict:
     """Compare the FLOPs and latencies of three networks.
 
-    The networks are the dense network, the network from which `shrink` removed half of the
-    channels, and a network that was built at half width.
+    The first network is dense. In the second network, `shrink` has removed half of the channels.
+    The third network was built with half of the channels.
     """
     import keras_dst
     from keras_dst.export.convert import conversions

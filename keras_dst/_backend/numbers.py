@@ -1,7 +1,8 @@
 """Operations on tensors and Python numbers, without a copy of the numbers to the device.
 
-`keras.ops` first converts a number to a tensor. PyTorch copies this tensor to the GPU, and waits
-for the copy. The functions in this module instead pass the number to the kernel on PyTorch.
+The functions of `keras.ops` convert a Python number to a tensor. On a GPU, PyTorch then waits until
+this tensor is copied to the GPU. On PyTorch, the functions of this module pass the number directly
+as an argument, which needs no copy.
 """
 
 import keras

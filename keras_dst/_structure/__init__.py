@@ -1,15 +1,15 @@
 """`shrink` removes dead channels from a model, and `shrink_report` explains the result.
 
-`shrink` works on the flat graph of a model (`graph.py`) in three passes:
+`shrink` has three passes. Every pass works on a graph without nested models (`graph.py`):
 
 1. Constant propagation (`plan.py`, `handlers.py`): find the channels whose value does not depend
    on the input. For example, a unit with zero weights always returns its activated bias.
 2. Coupling (`plan.py`, `unions.py`): find sets of channels that are kept or removed together, such
    as channels that are added to each other. A set of channels is removed if no kernel needs its
-   channels. A kernel does not need a channel if all kernel entries for the channel are zero. A
-   kernel also does not need a constant channel, because the contribution of the channel can be
-   added to the bias.
-3. Building (`build.py`, `copies.py`): slice the weights of the layers and call the layers again.
+   channels. A kernel does not need a channel if all kernel entries for the channel are zero. If a
+   channel is constant, no kernel needs the channel, because a bias can replace the constant value.
+3. Building (`build.py`, `copies.py`): slice the weights of the layers, and call each layer with its
+   smaller weights to build the smaller model.
 
 `dispatch.py` chooses the handler class for each kind of layer. The handler classes are in
 `handlers.py`, `mixing.py` (normalization over channels, attention) and `indexing.py` (reductions,

@@ -39,7 +39,7 @@ class ChannelGroup:
             string if a single layer computes the channels.
         reason: Reason why the channels cannot be removed, or an empty string if they can be
             removed.
-        width: Number of channels that share one id, which is 1 in most groups.
+        width: Number of channels for which one id stands. Most groups have a width of 1.
     """
 
     ids: np.ndarray
@@ -57,17 +57,18 @@ class ChannelGroup:
 class CoupledChannels:
     """All channels of a model, grouped by the layers from which they are removed together.
 
-    Every channel has an integer id. `Member.axes` lists the ids along each axis of a variable.
-    Slices of variables that have the same id are kept or removed together. The channels of the
-    first group have the smallest ids, then follow the channels of the second group, and so on.
+    Every channel has an integer id. `Member.axes` lists the ids along each axis of a variable. If
+    two slices of variables have the same id, both slices are kept, or both are removed. The
+    channels of the first group have the smallest ids, then follow the channels of the second group,
+    and so on.
 
-    Let `dead` be a boolean array with one entry per id. To remove the channels for which `dead` is
-    True, change every `member` in `members`:
+    To prune channels, create a boolean array `dead` with one entry per id, which is True for pruned
+    channels. Then change every `member` in `members`:
 
-    * If `member.output` is not None, set the positions `dead[member.axes[member.output]]` along the
-      axis `member.output` of `member.variable` to zero.
-    * If `member.follows` is True, `member.axes` contains one axis and its ids. Set the positions
-      `dead[ids]` along this axis of `member.variable` to zero.
+    * If `member.output` is not None, let `ids` be `member.axes[member.output]`. Set the entries of
+      `member.variable` to zero for which `dead[ids]` is True along the axis `member.output`.
+    * If `member.follows` is True, `member.axes` contains a single axis, with its `ids`. Set the
+      entries of `member.variable` to zero for which `dead[ids]` is True along this axis.
 
     All dead channels are then exactly zero, and `shrink` can remove all dead channels. The saliency
     of a channel is the sum of the saliencies of all weight entries that have the channel's id along
@@ -76,12 +77,13 @@ class CoupledChannels:
 
     Attributes:
         members: All variables of the given model that have channels. Each variable appears once.
-        groups: Groups whose channels can be removed, followed by all other groups.
+        groups: All groups, in this order: first the groups whose channels can be removed, then the
+            groups whose channels cannot be removed.
         count: Number of ids.
         uses: Dict that maps the id of each prunable variable to its use count: how often each entry
             is multiplied for one sample. A use count is None if it is unknown.
-        other_parameters: Number of entries of all variables that are not in `members`.
-        other_flops: FLOPs of all variables that are not in `members`, or None if the FLOPs are
+        other_parameters: Number of parameters in the variables that `members` does not list.
+        other_flops: FLOPs of the variables that `members` does not list, or None if the FLOPs are
             unknown.
     """
 
@@ -181,8 +183,8 @@ def _renumbered(member: Member, number: np.ndarray) -> Member:
 def groups_of(plan: Plan, members: list[Member]) -> list[ChannelGroup]:
     """Return all groups of coupled channels in a pruning plan.
 
-    The function does not fill the list `members` of the groups. Groups whose channels can be
-    removed come first.
+    The function does not fill the list `members` of the groups. The list begins with the groups
+    whose channels can be removed.
 
     Args:
         plan: Pruning plan of a model. The attribute `ids` of each returned group holds channel ids

@@ -1,8 +1,8 @@
 """Layer handlers: how each kind of layer treats its channels.
 
-A layer handler belongs to one call of an operation. The handler propagates constants through the
-call, and couples channels that are kept or removed together. The handler also slices the weights of
-the layer, and gives the reason why a channel cannot be removed.
+`shrink` creates one handler for every call of a layer. The handler determines which output channels
+are constant, and which channels must be removed together. The handler also slices the weights of
+the layer, and states why a channel cannot be removed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ChannelHandler:
     """
 
     can_slice = False  # Whether the handler creates the layer again with fewer channels.
-    makes_channels = False  # Whether the layer computes new channels, as `Dense` does.
+    makes_channels = False  # True for layers with new output channels, such as `Dense`.
 
     def __init__(self, call: Call, reason: str = ""):
         self.call, self.op, self.reason = call, call.op, reason
@@ -56,7 +56,7 @@ class ChannelHandler:
         return self.call.outputs[0]
 
     def place_channels(self) -> None:
-        """Set the channel axis of the output."""
+        """Store in the output tensor which of its axes is the channel axis."""
 
     def propagate_constants(self) -> None:
         """Determine which output channels are constant, and compute their values."""
@@ -92,10 +92,10 @@ class ChannelHandler:
         return weights
 
     def apply(self, operation, args: tuple, kwargs: dict, removed: np.ndarray):
-        """Call the new operation on the new tensors, and return its output.
+        """Call an operation of the smaller model, and return its output.
 
         Args:
-            operation: Operation of the smaller model.
+            operation: The operation, which has the kept channels only.
             args: Positional arguments of the call, with the tensors of the smaller model.
             kwargs: Keyword arguments of the call, with the tensors of the smaller model.
             removed: Boolean array that is True for each set of coupled channels that is removed.
@@ -127,12 +127,11 @@ class ChannelHandler:
         return np.zeros(self.y.channels, bool)
 
     def broken_constants(self, x: Tensor) -> np.ndarray:
-        """Return the ids of the channels that are constant in the input and not constant in the
-        output."""
+        """Return the ids of the constant input channels whose output channels are not constant."""
         return x.ids[:0]
 
     def reason_for(self, others: str) -> str:
-        """Return the reason why a constant channel is not constant after the call.
+        """Return the reason why a constant input channel does not stay constant in the output.
 
         Args:
             others: Names of layers with a non-constant channel that is coupled to the constant
@@ -197,7 +196,8 @@ class Elementwise(ChannelHandler):
             return ops.convert_to_tensor(values, x.dtype)
 
         args, kwargs = self.call.map(sample)
-        # The layer is part of the given model, so the call must not change its variables.
+        # The called layer belongs to the user's model. A stateless scope prevents changes of the
+        # layer's variables.
         with keras.StatelessScope():
             found = to_float64(self.op(*args, **kwargs))
         found = np.moveaxis(found, y.axis, -1).reshape(-1, y.channels)
@@ -474,7 +474,7 @@ class KernelLayer(ChannelHandler):
         return np.any(self.w != 0, axis=self.window)
 
     def response(self, constants: np.ndarray) -> np.ndarray:
-        """Return the contribution of constant input channels to the output of every unit."""
+        """Return what the given constant input channels add to the output of every unit."""
         rows = constants.nonzero()[0]  # usually few, or none
         return constants[rows] @ self.w[..., rows, :].sum(self.window, dtype="float64")
 

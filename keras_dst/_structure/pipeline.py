@@ -41,8 +41,8 @@ def shrink(model) -> keras.Model:
 
     Returns:
         A new Functional model that is not compiled. Layers keep their names, and layers of nested
-        models become layers of the new model. Layers are copies, except that custom layers,
-        preprocessing layers and layers without weights share their state with the given model.
+        models become layers of the new model. Most layers are copies. Custom layers, preprocessing
+        layers and layers without weights share their state with the given model.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model.

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 _FEWEST_UPDATES = 20  # Minimum number of mask updates if the user gives no frequency.
-# Minimum number of steps between two updates of a method that learns its sparsity, because the
-# effect of an update on the sparsity is delayed.
+# Minimum number of steps between two mask updates of a method that learns its sparsity. The
+# sparsity needs several steps to respond to an update.
 _LEARNED_RESPONSE = 5
 
 
 class UpdateClock(NamedTuple):
     """The steps of a training run at which masks are updated.
 
-    Step n means that n optimizer steps are finished and step n + 1 has not begun. Masks are updated
-    at step 0, at `last` and at each step in `jumps`. Before `last`, masks are also updated at each
-    step whose distance from `first` is a multiple of `period`.
+    A mask update at step n runs after n optimizer steps. Masks are updated at step 0, at `last` and
+    at each step in `jumps`. Before `last`, masks are also updated at each step whose distance from
+    `first` is a multiple of `period`.
 
     Attributes:
         first: First step at which the target sparsity changes.

@@ -9,7 +9,7 @@ import numpy as np
 def is_integer(value, minimum: int | None = None) -> bool:
     """Return whether `value` is a whole number of at least `minimum`.
 
-    Integers of Python and NumPy are whole numbers. Booleans are not.
+    Whole numbers are integers of Python or NumPy, but not booleans.
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     return whole and (minimum is None or value >= minimum)

@@ -341,7 +341,7 @@ def _compressed_axis(rows: np.ndarray, columns: np.ndarray) -> schema.DimensionM
 def _indices(values: np.ndarray) -> tuple[int, object]:
     """Convert integers to a vector of the smallest possible type.
 
-    Return the type code and the vector.
+    Return the type code of the schema, and the vector as an object of the schema.
     """
     kinds = schema.SparseIndexVector
     largest = values.max()

@@ -58,12 +58,12 @@ def sparsity_at_latency(
 ) -> LatencySearch:
     """Return the fraction of FLOPs to prune so that the model reaches a given latency ratio.
 
-    Latency depends on the number of channels of the layers, not on the values of the weights. The
-    search can therefore run before training. The search prunes channels of copies of the model by
-    magnitude and exports the smaller models. The latencies of the smaller models and of the dense
-    model are measured in LiteRT on the current CPU. The returned sparsity is a fraction of FLOPs.
-    Training with the returned sparsity does not measure latencies. The trained masks therefore do
-    not depend on the speed of the machine.
+    The latency of a layer depends on its number of channels, not on the values of its weights. The
+    search therefore also works for a model that is not trained yet. The search prunes channels of
+    copies of the model by magnitude and exports the smaller models. The latencies of the smaller
+    models and of the dense model are measured in LiteRT on the current CPU. The returned sparsity
+    is a fraction of FLOPs. Training with the returned sparsity does not measure latencies. The
+    trained masks therefore do not depend on the speed of the machine.
 
     Args:
         model: Built Sequential or Functional model without sparse layers. The model is not changed.
@@ -77,7 +77,8 @@ def sparsity_at_latency(
         tolerance: Accepted deviation from `latency_ratio`. Defaults to 0.03.
 
     Returns:
-        A `LatencySearch`. Pass its `sparsity` to a pruning method with `counted_in="flops"`.
+        A `LatencySearch`. Pass its attribute `sparsity` to a pruning method, together with
+        `counted_in="flops"`.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model.

@@ -66,7 +66,8 @@ class SparseWeight:
 
 
 class SparseBias(SparseWeight):
-    """Bias of a sparse layer. If the method prunes whole units, it also masks their biases.
+    """Attribute that returns the bias of a sparse layer. The bias is masked if the method prunes
+    whole units.
 
     The mask of the bias is computed from the mask of the kernel. Sparsity figures do not include
     biases.
@@ -85,7 +86,7 @@ class SparseBias(SparseWeight):
 
 
 class EinsumWeight(SparseWeight):
-    """Kernel of an `EinsumDense`, whose axes are read from the layer's equation."""
+    """Kernel of an `EinsumDense`. The layer's equation states which axes are inputs and outputs."""
 
     def layout_of(self, layer):
         operands, output = layer.equation.replace(" ", "").split("->")
@@ -181,8 +182,8 @@ class SparseMixin(_keras.BuildHook):
     # same order whether a layer becomes sparse before or after it is built. Optimizers save their
     # slots in the order of the variables.
     def after_build(self):
-        # With the argument `weights=`, Keras's Embedding builds itself in `__init__`, before the
-        # method is attached. In a layer that is already built, `attach_method` adds the mask
+        # If `weights=` is passed, Keras's Embedding is already built in `__init__`, before
+        # `attach_method` is called. In a layer that is already built, `attach_method` adds the mask
         # variables.
         if "sparse_state" in self.__dict__:
             self._add_states()
@@ -351,7 +352,8 @@ def _with_positive_zeros(value):
 def expose_variables(layer) -> None:
     """Set the variables of a layer's method as attributes of the layer.
 
-    TensorFlow's checkpoints and SavedModels hold only variables that are attributes.
+    TensorFlow's checkpoints and SavedModels store a variable only if it is an attribute of an
+    object.
     """
     for name, state in layer.sparse_state.items():
         for key, variable in state.items():

@@ -11,10 +11,11 @@ TwoPathMethod    in the forward pass, which runs with and without the mask (DCIL
 UnitMethod       in the forward pass, on whole output units and their biases (Consensus)
 ```
 
-The functions of a pruning method have three kinds of callers. The sparse layers call `build` and
-`apply`. `SparseOptimizer` calls `init`, `before`, `perturb` and `after` in every step. The training
-callback, such as `SparseTraining`, calls `update` at every mask update. If the method learns its
-sparsity, the callback also calls `project` at the end of training.
+The functions of a pruning method have three kinds of callers. Sparse layers call `build` when their
+variables are created, and `apply` in the forward pass. `SparseOptimizer` calls `init`, `before`,
+`perturb` and `after` in every step. The training callback, such as `SparseTraining`, calls `update`
+at every mask update. If the method learns its sparsity, the callback also calls `project` at the
+end of training.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _LARGEST_RATIO = 10.0
 
 
 class ScheduleState(NamedTuple):
-    """Position of a mask update in the training run, as scalar tensors.
+    """Step, progress and target sparsity at a mask update, as scalar tensors.
 
     Attributes:
         step: Number of finished optimizer steps, int32.
@@ -95,10 +96,9 @@ class Method(Configurable):
         learned: True if training determines the sparsity, and False if a ranking determines the
             sparsity. If True, the method must define `project`, and `update` receives the target
             sparsity of the next update.
-        exact_from: Finished fraction of training after which every mask update of a method with
-            `learned = True` calls `project`. Until the schedule has reached its final target,
-            `project` is not called. The default of 1 means that `project` is called only after the
-            last step.
+        exact_from: A fraction of the training run, for methods with `learned = True`. After this
+            fraction, every mask update calls `project` if the schedule has reached its final
+            target. The default of 1 means that `project` is called only after the last step.
         couples_channels: True if a method with `learned = True` prunes a channel in all layers that
             compute the channel, and False if it prunes each layer separately.
         target_quantity: Name of the quantity that has a target, such as `"sparsity"`. Warnings use
@@ -202,7 +202,7 @@ class Method(Configurable):
         layouts: Sequence[Layout],
         kept: Tensor,
     ) -> list[State]:
-        """Return new values of the states, with which the masks meet the final target exactly.
+        """Return changed states, so that the masks meet the final target exactly.
 
         If `learned` is True, the training callback calls this function after the last step of the
         schedule. Mask updates after the fraction `exact_from` of training also call this function.
@@ -298,8 +298,8 @@ class Method(Configurable):
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
         # `kept` is a number of weights, but the minimums in `floors` are numbers of groups, such as
-        # blocks. Groups can differ in size. Increase `kept` if it is smaller than the minimum
-        # number of groups times the size of the largest group.
+        # blocks. Groups can differ in size. To reach the minimum with every choice of groups,
+        # `kept` must be at least the minimum times the size of the largest group.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = numbers.at_least(kept, int(least.sum()))[0] if together else ops.maximum(kept, least)
@@ -410,8 +410,8 @@ def length_factor(total: Tensor) -> Tensor:
     Methods multiply these settings by the factor.
 
     Args:
-        total: Number of steps in the training run, or 0 if the number is unknown. If `total` is 0,
-            the factor is 1.
+        total: Number of steps in the training run, or 0 if the number is unknown. For 0, this
+            function returns 1.
     """
     steps = ops.cast(total, "float32")
     return numbers.where(steps > 0, numbers.clip(steps / _LONG, 0.1, 1.0), 1.0)
@@ -456,7 +456,7 @@ class LayerMethod(Method):
 
     @property
     def needs_driver(self) -> bool:
-        """Whether training needs the callback that `driver` names.
+        """Whether training needs the callback given by `driver`.
 
         By default, a method needs the callback if the method has a schedule.
         """
@@ -483,8 +483,7 @@ class LayerMethod(Method):
 
         Args:
             layer: Sparse layer that owns the weight. `layer.add_weight` creates the variables.
-            name: Name of the weight in the layer. The names of new variables begin with the
-                weight's name.
+            name: Name of the weight in the layer. Begin the names of new variables with this name.
             variable: Keras variable of the weight.
             layout: Input and output axes of the weight.
         """
@@ -581,8 +580,8 @@ class TwoPathMethod(LayerMethod):
 
     The pruned path and the full path use the same weights. Every batch normalization has separate
     statistics, scales and offsets for each path. The training loss is the loss of the pruned path
-    plus the loss of the full path. In inference, the masked weights are used. A model can have only
-    one two-path method.
+    plus the loss of the full path. In inference, the masked weights are used. A model can be pruned
+    with only one `TwoPathMethod`.
 
     By default, the pruned path trains the kept weights, and the full path trains the pruned
     weights.
@@ -593,7 +592,7 @@ class TwoPathMethod(LayerMethod):
         if `on_full_path()` is True.
 
         By default, the weight is `w * mask` on the pruned path. On the full path, the weight is
-        `w`, and its gradient is 0 for kept weights.
+        `w`, and kept weights get no gradient.
         """
         mask = self.mask(w, state, layout)
         if on_full_path():
@@ -607,8 +606,9 @@ class TwoPathMethod(LayerMethod):
         takes the logits of the pruned path and of the full path, with the classes on the last axis.
         The returned function computes one penalty per sample, in the shape of the logits without
         the class axis. Every training step calls the returned function for each model output whose
-        loss is a cross-entropy. The penalties are weighted and reduced like the values of the
-        cross-entropy. Return None to train without a penalty, as this base class does.
+        loss is a cross-entropy. Sample weights and the reduction of the loss apply to the penalties
+        in the same way as to the cross-entropy. Return None to train without a penalty, as this
+        base class does.
 
         Args:
             state: Variables that the method stores for the first weight that it prunes, as a dict.
@@ -708,7 +708,7 @@ class UnitMethod(LayerMethod):
             uses: Dict that maps `id(variable)` of each weight to a pair `(count, reason)`. `count`
                 is the number of multiplications per sample in which one entry of the weight is
                 used. If the number of multiplications is unknown, `count` is None, and `reason`
-                states why. If `needs_use_counts` is false, the dict is empty.
+                states why. The dict is empty for methods whose `needs_use_counts` is False.
             layouts: Input and output axes of every weight in `layers`. In a functional model, the
                 layouts also state which channels are removed together.
         """
@@ -760,8 +760,8 @@ class UpdateMethod(Method):
 
         The optimizer calls this function when the optimizer is built, and again when the number of
         training steps is known. The dict maps the name of each tensor to `(initial value, dtype)`.
-        The initial value is `"zeros"`, or `"value"` for a copy of the weight. Every tensor has the
-        shape of its weight.
+        The initial value is `"zeros"` for a tensor of zeros, or `"value"` for a copy of the weight.
+        Every tensor has the shape of its weight.
 
         Args:
             kernels: Keras variables of the pruned weights.
@@ -792,7 +792,8 @@ class UpdateMethod(Method):
         step: Tensor,
         total: Tensor,
     ) -> Sequence[Tensor | None]:
-        """Change the gradients of all trainable variables, with or without a mask, and return them.
+        """Return changed gradients of all trainable variables. Variables without a mask are
+        included.
 
         By default, the gradients do not change.
 

@@ -15,11 +15,11 @@ target sparsity, a controller sets alpha, and thresholds do not go below 0. With
 every layer keeps a minimum number of weights. Without this minimum, the density of a layer could
 become so low that its thresholds are reset to 0. In the last quarter of training, every update
 shifts the thresholds so that the model meets the target exactly. For thresholds t < -1, the penalty
-is linear in t. Thresholds that are not finite are reset to 0. `LayerMethod.limited` limits the
-gradients of pruned weights. If several layers compute a channel, the channel is pruned only if it
-is below its threshold in all of the layers. The margin Q of a channel is therefore the largest
-margin of its units. With a target sparsity, every update stores which channels are kept. Until the
-next update, no layer masks the units of the kept channels.
+is linear in t. Thresholds that are not finite are reset to 0. The gradients of pruned weights are
+limited, see `LayerMethod.limited`. If several layers compute a channel, the channel is pruned only
+if it is below its threshold in all of the layers. The margin Q of a channel is therefore the
+largest margin of its units. With a target sparsity, every update stores which channels are kept.
+Until the next mask update, the kept channels stay unmasked in all layers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _MAX_GROWTH = 3.0  # Maximum ratio of alpha to the root mean square of its earli
 # the end of training, the learning rate is small, so alpha cannot move the thresholds. The network
 # also has no time to adapt to a late change of its masks.
 _EXACT = 0.75
-_ALWAYS = np.float32(1e30)  # Score of weights that a layer must keep.
+_ALWAYS = np.float32(1e30)  # Score that prevents the pruning of a weight.
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -237,9 +237,9 @@ class DST(LayerMethod):
         """Maximum density of a layer at which the thresholds of the layer are reset to 0.
 
         For coupled channels with a target sparsity, this density is -1, which disables the reset. A
-        layer can then keep a channel although its units are below their thresholds. If a group
-        keeps too few channels, `update` lowers the thresholds of the group instead of resetting
-        them.
+        layer with coupled channels can keep a channel that is below its threshold in this layer. If
+        a group keeps too few channels, `update` lowers the thresholds of the group instead of
+        resetting them.
         """
         if self.schedule is None:
             return self.reset_density
@@ -251,8 +251,8 @@ class DST(LayerMethod):
         """Return a new value of alpha, which controls the density.
 
         The gap is the amount by which all thresholds would have to increase to meet the target
-        sparsity. The controller models the change of the gap from one update to the next as a
-        linear function of alpha:
+        sparsity. The change of this gap between two mask updates is modeled as a linear function of
+        alpha:
 
         ```text
         last gap - gap = drift + response alpha
@@ -266,9 +266,9 @@ class DST(LayerMethod):
         next update. If the model keeps too few weights, alpha is negative.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
-        # At the end of training (progress 1), `update` does not shift the thresholds. The training
-        # callback first warns if training has missed the target, and then calls `project`, which
-        # shifts the thresholds.
+        # At the end of training (progress 1), `update` does not shift the thresholds. After the
+        # last step, the training callback first warns if the target is missed. Then the callback
+        # calls `project`, which shifts the thresholds.
         late = ops.logical_and(now.progress >= _EXACT, now.progress < 1.0)
         sizes = [math.prod(w.shape) for w in weights]
         scale = sum(ops.sum(ops.abs(ops.cast(w, "float32"))) for w in weights) / sum(sizes)
@@ -329,16 +329,16 @@ class DST(LayerMethod):
         ]
 
     def _shifts(self, weights, states, layouts, kept):
-        """Return threshold shifts for all layers, so that the model keeps exactly `kept` weights.
+        """Return the shifts of all thresholds with which the model keeps exactly `kept` weights.
 
         As in a global ranking, every layer keeps at least a minimum number of weights.
 
         Returns:
-            A tuple `(gap, shifts, limits)`. If all thresholds were shifted by `gap`, the model
-            would meet the target sparsity. `shifts` lists how far the thresholds of each layer are
-            shifted. `limits` lists the largest shift with which each layer keeps its minimum number
-            of weights. For coupled channels, each entry of `shifts` and `limits` is a tensor with
-            one shift per threshold.
+            Three values, `(gap, shifts, limits)`. If all thresholds were shifted by `gap`, the
+            model would meet the target sparsity. `shifts` lists how far the thresholds of each
+            layer are shifted. `limits` lists the largest shift with which each layer keeps its
+            minimum number of weights. For coupled channels, each entry of `shifts` and `limits` is
+            a tensor with one shift per threshold.
         """
         if channels.groups_of(layouts):
             units = self._unit_margins(weights, states, layouts)

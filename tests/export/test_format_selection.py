@@ -271,7 +271,9 @@ BY_4 = WIDE | {"1x4", "1x4+densify", "int8 1x4+densify"}
         (300, BY_4),  # Blocks of 16 would lose the last 12 of the 300 inputs.
         (304, BY_4 | {"int8 1x16"}),
         (4096, BY_4 | {"int8 1x16"}),
-        (4112, BY_4),  # With 257 blocks per row, the kernel for float inputs would overflow.
+        # A row of 4112 inputs has 257 blocks, but LiteRT's kernel for float inputs stores the
+        # position of a block in one byte.
+        (4112, BY_4),
     ],
 )
 def test_selected_formats_by_number_of_inputs(inputs, expected):
