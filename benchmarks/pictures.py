@@ -39,9 +39,11 @@ def draw(name: str, path: pathlib.Path) -> None:
 
 
 def errors() -> dict:
-    """Return the test errors of all runs in percent as a dict by method and target.
+    """Return a dict with the network, the number of epochs, and the test errors of all runs in
+    percent.
 
-    The methods are sorted by their mean error.
+    The entry `"sparse"` maps each method and target sparsity to a list of errors. The methods are
+    sorted by their mean error at the highest target sparsity.
     """
     stored = results.runs("methods")
     runs = [run for name, run in stored.items() if name.startswith(f"{TASK}_")]

@@ -33,7 +33,7 @@ else:
     _Layer = object
 
 # Names of private attributes, grouped by the kind of object that has the attributes.
-# `missing_names` builds and checks one object of each kind.
+# `missing_names` creates one object of each kind and checks that the object has these attributes.
 PRIVATE_NAMES = {
     "layer": (
         "_auto_config",
@@ -108,7 +108,8 @@ def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
     Returns:
         The result of `call()`.
     """
-    # Stateful recurrent layers initialize their states at once, even in a stateless scope.
+    # For stateful recurrent layers, Keras does not defer the initializers of the states, even in a
+    # stateless scope.
     if getattr(layer, "stateful", False):
         result = call()
         layer.set_weights(weights)
@@ -135,12 +136,14 @@ def _copied(value, shape, dtype=None):
 
 
 def flatten_layers(layer, include_self: bool = True, recursive: bool = True) -> list:
-    """Return a layer and the layers inside it, outermost first."""
+    """Return a list of a layer and all layers inside it. Outer layers come before their inner
+    layers."""
     return list(layer._flatten_layers(include_self=include_self, recursive=recursive))
 
 
 def attention_projections_of(layer) -> dict[str, Any]:
-    """Return the dense layers of a `MultiHeadAttention` or `GroupQueryAttention`, by their role."""
+    """Return the dense layers of a `MultiHeadAttention` or `GroupQueryAttention`, as a dict whose
+    keys are `"query"`, `"key"`, `"value"` and `"output"`."""
     return {
         "query": layer._query_dense,
         "key": layer._key_dense,
@@ -201,7 +204,8 @@ def build_shapes(layer) -> dict[str, Any] | None:
 
 
 def is_plain_stock(layer) -> bool:
-    """Return True if a layer is of a Keras class and has no state except its config and variables.
+    """Return True if the class of a layer is part of Keras and the layer's only state is its
+    variables.
 
     Preprocessing layers have other state, such as vocabularies, boundaries and statistics.
     """
@@ -215,7 +219,8 @@ def is_rematerialized(layer) -> bool:
 
 
 class BuildHook(_Layer):
-    """Mixin that calls `after_build` when Keras has built a layer, for any signature of `build`."""
+    """Mixin that calls `after_build` when Keras has built a layer. `build` may have any
+    signature."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -289,8 +294,8 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
 def declares_input(model) -> bool:
     """Return True if a Sequential model starts with an Input that the user added.
 
-    Keras adds an input layer to every built Sequential model. In the config of this input layer,
-    `dtype` is set only if a call on data built the model. The function also returns False for a
+    Keras adds an input layer to every built Sequential model. The `dtype` in the config of this
+    input layer is None unless a call on data built the model. The function also returns False for a
     model that was loaded from a file.
     """
     config = operation_of(model.inputs[0])._auto_config
@@ -337,7 +342,7 @@ def takes_training(model) -> bool:
 
 @contextlib.contextmanager
 def without_additional_losses(model) -> Iterator[None]:
-    """Exclude regularizers and `add_loss` from any loss that is computed within this context."""
+    """Within this context, compute losses without regularizers and without `add_loss`."""
     before = model._losses_override
     vars(model)["_losses_override"] = [keras.ops.zeros(())]
     try:
@@ -360,8 +365,8 @@ def set_initial_epoch(model, epoch: int | None) -> None:
 def restore_jax_state(model, *step_arguments) -> None:
     """On JAX, restore the variables of a model from the state that a training step received.
 
-    On JAX, `fit` takes the values out of the variables and passes them to the training step as its
-    first argument.
+    On JAX, `fit` takes the values out of the variables. The first argument of the training step
+    contains these values.
     """
     if keras.backend.backend() == "jax":
         _require(model, "_jax_state")
@@ -592,7 +597,7 @@ def _forget_decay_exemptions(optimizer, trained_before) -> None:
 
 
 def _decide_decay_again(optimizer) -> None:
-    """Make an optimizer decide again to which variables it applies weight decay.
+    """Clear or recompute an optimizer's stored decisions about which variables get weight decay.
 
     Up to version 3.15, Keras decides in a training step which variables to decay, and caches the
     decision. In version 3.16, Keras decides in `Optimizer.build` which variables to decay.
@@ -610,7 +615,8 @@ def _decide_decay_again(optimizer) -> None:
 
 
 def distribution_like(variable):
-    """Return a copy of the current distribution that shards new variables like a given variable.
+    """Return a copy of the current Keras distribution that gives new variables the layout of a
+    given variable.
 
     New variables of the same shape are sharded like the given variable. New variables of other
     shapes are replicated on every device. The function compares shapes, because a path pattern for
@@ -642,7 +648,8 @@ def _require(target, name: str) -> None:
 
 
 def _objects_to_check() -> dict[str, Any]:
-    """Return one example object for each kind of object in `PRIVATE_NAMES` that Keras has."""
+    """Return a dict that maps each kind of object in `PRIVATE_NAMES` to an example object. Kinds
+    that the installed Keras lacks are omitted."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     optimizer = keras.optimizers.SGD()
     optimizer.exclude_from_weight_decay(var_names=["bias"])
@@ -680,7 +687,8 @@ def _objects_to_check() -> dict[str, Any]:
 
 
 def missing_names() -> list[str]:
-    """Return the names in `PRIVATE_NAMES` that the installed Keras lacks, as "kind.name"."""
+    """Return the entries of `PRIVATE_NAMES` that the installed Keras lacks, as strings
+    "kind.name"."""
     return [
         f"{kind}.{name}"
         for kind, found in _objects_to_check().items()

@@ -9,8 +9,8 @@ k-means therefore starts with values that are evenly spaced outside this gap aro
 from the paper:
 
 * The values c_k are relative to s, the largest magnitude in each output channel. The values -1 and
-  1 do not change. Quantization to int8 also divides each channel by s. All weights of a cluster
-  therefore become the same int8 number.
+  1 do not change. Int8 quantization also divides the weights of each output channel by s. All
+  weights of a cluster therefore become the same int8 number.
 * Zero is always one of the values, and its cluster contains exactly the weights that are zero.
   Clustering therefore does not change the sparsity.
 * During fine-tuning, the optimizer updates each weight individually, so the weights of a cluster
@@ -81,8 +81,8 @@ class KeepClusters(keras.callbacks.Callback):
     When `fit` begins, the callback clusters the kernels as `keras_dst.cluster_weights` does. After
     each batch, the callback sets all weights of a cluster to their mean. Zero weights stay zero,
     and the largest weight of each output channel does not change. If `steps_per_execution` is above
-    1, the callback runs only after several steps, and the weights of a cluster may differ until the
-    callback runs.
+    1, Keras calls the callback only after several steps. The weights of a cluster may then differ
+    between two calls.
 
     Args:
         clusters: Maximum number of distinct values per kernel, at least 4. Defaults to 16.
@@ -128,7 +128,7 @@ class KeepClusters(keras.callbacks.Callback):
 
 @dataclass
 class _Kernel:
-    """Kernel whose weights are assigned to clusters.
+    """Kernel of a layer, with the assignment of its weights to clusters.
 
     Attributes:
         variable: Variable of the kernel.
@@ -211,16 +211,16 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
         clusters: Number of centers, at least 2.
 
     Returns:
-        At most `clusters` centers. If there are at most `clusters` distinct numbers, the distinct
-        numbers are the centers.
+        At most `clusters` centers. If `numbers` has at most `clusters` distinct values, the
+        function returns these values.
     """
     if not len(numbers):
         return numbers
     starts = np.flatnonzero(np.diff(numbers, prepend=-2) > _EQUAL)
     if len(starts) <= clusters:
         return _with_fixed_ends(_means(numbers, starts), numbers)
-    # After pruning, no nonzero weights are close to zero. Place the initial centers outside this
-    # gap.
+    # After pruning, no nonzero weights are close to zero. Place no initial center in this gap
+    # around zero.
     split = np.searchsorted(numbers, 0)
     low, high = numbers[split - 1 : split + 1] if 0 < split < len(numbers) else (0.0, 0.0)
     values = np.linspace(numbers[0], numbers[-1] - (high - low), clusters)
@@ -248,8 +248,8 @@ def _means(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def _with_fixed_ends(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """If `numbers` include -1, replace the first value by -1. If `numbers` include 1, replace the
-    last value by 1."""
+    """Return `values` with exact ends. The first value becomes -1 if `numbers` begins with -1, and
+    the last value becomes 1 if `numbers` ends with 1."""
     first = -1 if numbers[0] == -1 else values[0]
     last = 1 if numbers[-1] == 1 else values[-1]
     return np.concatenate([[first], values[1:-1], [last]]) if len(values) > 1 else values

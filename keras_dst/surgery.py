@@ -111,12 +111,13 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
 
     * DST, DCIL, ST-3, OptG and Consensus mask the weights in the forward pass. Each supported layer
       is converted to its sparse class. The model may be compiled or not. Layers inside nested,
-      subclassed or wrapping layers are included. Supported layers are dense, convolutional (also
-      transposed, depthwise and separable), `EinsumDense` (and thus attention) and `Embedding`
-      layers, and the cells of recurrent layers. Subclasses of supported layers are also supported.
-      Custom layers are supported if their class lists the names of the weights in
-      `prunable_weights`. A shared layer has one mask for all its calls. DCIL also adds a second set
-      of variables to every batch normalization, whether or not `filters` select it.
+      subclassed or wrapping layers are included. Supported layers are `Dense`, `EinsumDense` and
+      `Embedding` layers, convolutions, and the cells of recurrent layers. `EinsumDense` layers
+      inside attention layers are included, and also transposed, depthwise and separable
+      convolutions. Subclasses of supported layers are also supported. Custom layers are supported
+      if their class lists the names of the weights in `prunable_weights`. A shared layer has one
+      mask for all its calls. DCIL also adds a second set of variables to every batch normalization,
+      even to layers that `filters` does not select.
     * Magnitude, FlipOut, SET and RigL mask the weights in the optimizer step. The optimizer of a
       compiled model is wrapped in a `SparseOptimizer`, and the layers do not change.
 
@@ -300,7 +301,7 @@ def why_unsupported(layer, method: LayerMethod) -> str | None:
 
 
 def has_kernel(layer) -> bool:
-    """Return whether a layer itself holds a weight that could be pruned."""
+    """Return whether a layer has a kernel of its own. Kernels of inner layers do not count."""
     quantized = getattr(layer, "quantization_mode", None)
     own = [
         *_keras.trainable_variables_of(layer),
@@ -435,8 +436,8 @@ def _config_holds_layers(layer) -> bool:
 
 
 def _record_recipes(layer) -> None:
-    """Convert a layer to a `SparseContainer` if its config does not contain its inner layers.
-    Otherwise, convert the inner layers in the same way."""
+    """Convert a layer to a `SparseContainer` if it contains sparse layers that are not part of its
+    config. Otherwise, apply this function to the inner layers."""
     if not any(
         isinstance(x, SparseMixin) for x in _keras.flatten_layers(layer, include_self=False)
     ):
@@ -582,7 +583,8 @@ def _forget_compiled_steps(model) -> None:
 
 
 def _refresh(model) -> None:
-    """Update a model, compiled or not, after variables of its layers were added or removed."""
+    """Update a model after variables of its layers were added or removed. The model need not be
+    compiled."""
     refresh_torch_parameters(model)
     if not isinstance(model, keras.Model):
         return

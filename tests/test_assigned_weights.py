@@ -1,4 +1,4 @@
-"""Tests of masks after other callbacks assign weights: restored weights and moving averages."""
+"""Tests that masks are applied when other callbacks assign restored weights or moving averages."""
 
 import warnings
 
@@ -29,7 +29,8 @@ METHODS = {
 rng = np.random.default_rng(0)
 x = rng.standard_normal((256, 16)).astype("float32")
 y = (x[:, 0] > 0).astype("int32")
-# Random labels, which a model cannot learn: the validation loss is lowest in an early epoch.
+# `noise` contains random labels, which a model cannot learn. The validation loss is therefore
+# lowest in an early epoch.
 noise = rng.integers(0, 2, 64)
 
 
@@ -79,7 +80,8 @@ def check_agreement(model, history, sparse_training, target, tolerance=0.02):
     assert found == pytest.approx(history["sparsity"][-1], abs=tolerance)
 
 
-# If `first` is True, SparseTraining is the first callback, otherwise the last.
+# If `first` is True, `SparseTraining` is the first callback. Otherwise, `SparseTraining` is the
+# last callback.
 BOTH_ORDERS = [
     (name, first)
     if first or name in ("magnitude", "optg", "dst")

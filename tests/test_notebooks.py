@@ -60,7 +60,7 @@ def values(text):
 
 
 def differences(text, stored):
-    """Return the values outside their tolerance: name, new numbers, stored numbers."""
+    """Return a tuple (name, new numbers, stored numbers) for each value outside its tolerance."""
     now, before = values(text), values(stored)
     return [
         (name, now[name], before[name])

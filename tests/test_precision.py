@@ -33,7 +33,8 @@ METHODS = {
 }
 # Tests that compile a training step for each method use only these methods.
 COMPILED = [METHODS[name] for name in ("dst-target", "dcil", "consensus", "magnitude", "rigl")]
-# Dtypes of the first half and of the second half of a model's layers.
+# Pairs of dtypes: the first dtype is for the first layer of a model, and the second dtype is for
+# the normalization and the second dense layer.
 MIXED = [("float64", "float32"), ("float32", "float64"), ("bfloat16", "float32")]
 MIXED += [("float16", "float16"), ("bfloat16", "bfloat16")]
 

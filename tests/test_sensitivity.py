@@ -301,8 +301,8 @@ def test_allocation_minimizes_the_largest_drop(seed, sparsity):
     def largest(shares):
         return max(np.interp(s, grid, curve) for s, curve in zip(shares, curves))
 
-    # Try all pairs of sparsities of the first two weight tensors on a fine grid. The sparsity of
-    # the third tensor follows from the total sparsity.
+    # Try all pairs of sparsities of the first two weight tensors on a fine grid. Choose the
+    # sparsity of the third tensor so that the total sparsity is met.
     best = np.inf
     for first in np.linspace(0, 0.95, 96):
         for second in np.linspace(0, 0.95, 96):
@@ -320,8 +320,8 @@ def test_allocation_shares_ties_evenly_within_the_measured_range():
     assert equal_drop([0, *GRID], free, [10, 90], 0.4) == pytest.approx([0.4, 0.4])
     assert equal_drop([0, *GRID], free, [10, 90], 0.75) == pytest.approx([0.75, 0.75])
     assert equal_drop([0, *GRID], free, [10, 90], 0) == pytest.approx([0, 0])
-    # Pruning the first weight tensor lowers the metric at once, so only the second tensor is
-    # pruned.
+    # Here, pruning the first weight tensor lowers the metric, and pruning the second tensor does
+    # not. Only the second tensor is therefore pruned.
     dear = [[0, 0.5, 1], [0, 0, 0]]
     assert equal_drop([0, *GRID], dear, [10, 90], 0.675) == pytest.approx([0, 0.75], abs=1e-5)
     with pytest.raises(ValueError, match=r"at most 0.75, the highest measured sparsity"):

@@ -78,8 +78,8 @@ def test_update_steps_of_tfmot_schedules(schedule, expected):
 def test_sparsities_of_tfmot_schedules():
     decay = tfmot.PolynomialDecay(0.25, 0.75, 10, 20)
     found = [decay(step)[1] for step in (0, 10, 15, 20, 99)]
-    # In the middle of the cubic schedule, (1 - 0.5)**3 = 1/8 of the way to the final sparsity is
-    # left.
+    # At step 15, half of the schedule has passed. The distance to the final sparsity is then
+    # (1 - 0.5)**3 = 1/8 of the initial distance.
     np.testing.assert_allclose(found, [0.25, 0.25, 0.75 - 0.5 / 8, 0.75, 0.75], rtol=1e-6)
     assert tfmot.PolynomialDecay(0.0, 0.5, 0, 10, power=1)(5)[1] == pytest.approx(0.25)
     falling = tfmot.PolynomialDecay(0.5, 0.0, 0, 10, power=1)
@@ -394,7 +394,7 @@ class Unknown(Named):
 
 
 class Outer(layers.Layer):
-    """A layer without a `build` method, whose inner layer creates its weights in `build`."""
+    """Layer without a `build` method. Its inner layer creates weights in `build`."""
 
     def __init__(self):
         super().__init__()
@@ -603,7 +603,7 @@ def test_the_xnnpack_policy_prunes_1x1_convolutions():
 
 
 def xnnpack_around(inner, subtract=False):
-    """Return a model that contains an inner model, and optionally a subtraction."""
+    """Return a model that contains the model `inner`. With `subtract`, a subtraction follows."""
     inputs = keras.Input((16, 16, 3))
     z = inner(layers.Conv2D(4, 3, strides=2)(layers.ZeroPadding2D(1)(inputs)))
     after = layers.Conv2D(4, 1, name="after")(z)

@@ -1,4 +1,5 @@
-"""Tests that masks and files equal the masks and files of the original tfmot, step by step.
+"""Tests that compare the masks and files of `keras_dst.tfmot` with the original tfmot, step by
+step.
 
 The tests need a Python with tf_keras and tensorflow-model-optimization. On PyTorch, the tests use
 `.venv-tfmot`, which `make test` creates. If the environment variable KERAS_DST_TFMOT_PYTHON is set,

@@ -18,7 +18,7 @@ from keras_dst.methods import base
 from tests import reference
 from tests.reference import Momentum
 
-STEPS, EPOCHS = 50, 8  # The schedule spans eight epochs, of which the test trains one.
+STEPS, EPOCHS = 50, 8  # The schedule spans 8 epochs, but the test trains for only 1 epoch.
 TOTAL = STEPS * EPOCHS
 KERNELS = ("w1", "w2")
 SIZE = 12 * 16 + 16 * 4
@@ -26,7 +26,8 @@ RATE = 0.05
 
 
 def keep_highest(scores, kept):
-    """Return masks of the `kept` highest scores over all arrays.
+    """Return one boolean mask per array, which is True for the `kept` highest scores of all arrays
+    together.
 
     Among equal scores, the first scores are kept.
     """
@@ -119,7 +120,8 @@ class DST(Dense):
 
 
 class FlipOut(Magnitude):
-    """FlipOut: score |w|^2 / (flips + 1), pruning events at steps 15, 30 and 45, gradient noise."""
+    """FlipOut: prune by the score |w|^2 / (flips + 1) at steps 15, 30 and 45, with gradient
+    noise."""
 
     def __init__(self, p):
         super().__init__(p)
@@ -149,7 +151,8 @@ class FlipOut(Magnitude):
 
 
 class OptG(Dense):
-    """OptG: dL/dv = g w, and the learning rate of v is proportional to the target sparsity."""
+    """OptG: train scores v with dL/dv = g w. The learning rate of v is proportional to the target
+    sparsity."""
 
     def __init__(self, p):
         super().__init__(p)
@@ -209,7 +212,7 @@ class ST3(Dense):
 
 
 class SET(Magnitude):
-    """SET: drop the smallest weights, grow random weights.
+    """SET: at each mask update, drop the smallest kept weights and grow random pruned weights.
 
     With ERK densities, the two kernels keep 30 and 21 weights.
     """
@@ -239,7 +242,7 @@ class SET(Magnitude):
 
 
 class RigL(SET):
-    """RigL: like SET, but grow the weights with the largest gradients."""
+    """RigL: like SET, but grow the pruned weights with the largest gradients."""
 
     def step(self, g, count):
         self.dense = {n: abs(g[n]) for n in KERNELS}

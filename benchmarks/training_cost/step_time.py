@@ -1,4 +1,4 @@
-"""Measure the time of a training step relative to the dense baseline: results/step_time.
+"""Measure the time of a training step relative to the dense baseline, and write results/step_time.
 
 Each round times a few training steps of the dense baseline and of each method, with batch size 128
 on one core. In each round, the step time of a method is divided by the step time of the dense
@@ -8,9 +8,9 @@ Consensus, which cannot prune units of an LSTM.
 The timed steps are the first steps of a training run of 4,000 steps. In a run of 4,000 steps, most
 methods update their masks only every 100 steps. Mask updates are therefore timed separately. The
 result of a method also includes the time of a mask update, divided by the number of steps from one
-update to the next. For DCIL, which updates its masks every 16 steps, an update inside a timed round
-is counted twice. The compile time is the CPU time of the first round minus the CPU time of the
-second round.
+update to the next. DCIL updates its masks every 16 steps, so some timed rounds already contain a
+mask update of DCIL. The result of DCIL counts such updates twice. The compile time is the CPU time
+of the first round minus the CPU time of the second round.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TOTAL = 4000  # Number of steps of the training run.
 
 @dataclass
 class Setting:
-    """Network to time, number of steps per round, and number of rounds."""
+    """Settings of one measurement: the network, the steps per round, and the number of rounds."""
 
     shape: tuple
     net: Callable
@@ -226,7 +226,8 @@ def _ratios(run: dict) -> dict[str, str]:
     """Return a dict from the name of each method to its table cell."""
     found = {name: f"{ratio:.2f}" for name, ratio in run["ratio_to_plain"].items()}
     compiling = run["seconds_to_compile"]
-    # If the first round took about as long as the other rounds, the backend has compiled nothing.
+    # The table shows the ratio of compile times only if the backend compiles. A backend that does
+    # not compile needs about the same CPU time for the first and the second round.
     if run["net"].startswith("resnet") and compiling["plain"] > 1:
         for name in found:
             found[name] += f" ({compiling[name] / compiling['plain']:.2f})"

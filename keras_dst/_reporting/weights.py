@@ -154,7 +154,7 @@ def _masked(layer) -> Iterator[tuple]:
 
 
 def _check_unpacked(layer) -> None:
-    """Raise ValueError if a quantized layer stores several weights in one entry of a variable."""
+    """Raise ValueError if the variables of a quantized layer do not show which weights are zero."""
     mode = getattr(layer, "quantization_mode", None)
     if mode not in (None, "int8", "float8"):
         raise ValueError(
@@ -174,7 +174,7 @@ def _values_of(variable, holders: list):
 
 
 def _innermost(owners: list) -> list:
-    """Return the innermost layers among the layers that hold a weight."""
+    """Return the layers in `owners` that contain no other layer of `owners`."""
     ids = {id(layer) for layer in owners}
     return [
         layer

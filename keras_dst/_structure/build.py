@@ -69,9 +69,9 @@ class _Builder:
         return layers.Rescaling(1.0, constants.tolist(), name=name, dtype=dtype)(tensor)
 
     def _apply(self, handler: ChannelHandler, args: tuple, kwargs: dict):
-        """Call the new operation that replaces the handler's operation in the smaller model.
+        """Call an operation of the smaller model: the replacement of `handler.op`.
 
-        The new operation is created on its first call.
+        The first call for an operation creates the replacement.
         """
         op, removed = handler.op, self.plan.removed
         if id(op) in self.operations or not handler.can_slice:

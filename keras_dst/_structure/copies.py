@@ -48,10 +48,10 @@ def original_variables(op, copy) -> dict[int, Any]:
 def copy_operation(op, name: str, share: bool = False):
     """Return a copy of an operation with the same state, under a new name, outside of any graph.
 
-    A Keras layer with weights is created again, and the values of its variables are copied. Copies
-    of layers without weights, of custom layers, and of layers with state outside of their variables
-    share their state with the original. A custom layer is not created again, because its config may
-    lack attributes.
+    For a Keras layer with weights, the function creates a new layer and copies the values of the
+    variables. Copies of layers without weights, of custom layers, and of layers with state outside
+    of their variables share their state with the original. The function does not create custom
+    layers from their configs, because a config may lack attributes of the layer.
     """
     if share or not _has_only_variables(op):
         return _shallow_copy(op, name)

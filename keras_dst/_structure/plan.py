@@ -21,7 +21,7 @@ class Plan:
             dense copy of the model. Defaults to True.
 
     Attributes:
-        all_handlers: One layer handler for every call of an operation, in the order of the calls.
+        all_handlers: List with one layer handler for each call of an operation, in call order.
         handlers: Layer handlers of the calls that the outputs of the smaller model depend on.
         names: Dict that maps the id of each operation to its name in the smaller model.
         tied: Dict that maps the id of each operation that shares a weight to a phrase, such as
@@ -64,11 +64,11 @@ class Plan:
             self._keep_necessary_channels()
 
     def keeps(self, x: Tensor) -> np.ndarray:
-        """Return whether each channel of a tensor is kept, as a boolean array."""
+        """Return a boolean array that is True for each kept channel of a tensor."""
         return ~self.removed[x.ids]
 
     def removes_nothing(self) -> bool:
-        """Return whether the smaller model has every operation and channel of the given model."""
+        """Return True if the plan removes neither a layer nor a channel of the given model."""
         needed = {id(handler.op) for handler in self.handlers}
         layers = [h.op for h in self.all_handlers if isinstance(h.op, keras.Layer)]
         outputs = (y for handler in self.handlers for y in handler.call.outputs)

@@ -224,7 +224,8 @@ def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, Shrink
 
 
 def _latencies(*models: keras.Model, runs: int = 50, warmup: int = 5) -> list[float | None]:
-    """Return the median latency of each model in seconds. The models are called alternately."""
+    """Return the median latency of each model in seconds. The function alternates between the
+    models."""
     (inputs,) = random_inputs(models[0], batch=1)
     calls = [inference(model) for model in models]
     times = np.zeros((warmup + runs, len(calls)))

@@ -25,7 +25,7 @@ class Coupling(NamedTuple):
     """The coupled channels of a model whose weights are pruned by one method.
 
     Attributes:
-        layouts: For each weight, its input and output axes and its channels.
+        layouts: List of the input axes, output axes and channels of each weight.
         followers: Trainable variables that are pruned together with the channels: biases, and
             scales and offsets of normalization layers.
         statistics: Moving means of batch normalizations, which are also pruned with the channels.
@@ -47,7 +47,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         model: Model that holds the weights.
         method: Method that prunes the weights.
         weights: Variables that the method prunes.
-        layouts: For each variable in `weights`, its input and output axes.
+        layouts: List of the input and output axes of each variable in `weights`.
 
     Raises:
         ValueError: If no channel can be pruned, or if the costs of the channels are unknown.
@@ -66,7 +66,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
     may_be_alone = method.learned and counts_channels
     if not has_graph and method.groups is None:
         return alone if may_be_alone else _uncoupled(model, method, layouts)
-    # Delay the imports, because most training runs need no groups of channels.
+    # Import these modules only here, because most training runs do not prune whole channels.
     from keras_dst._structure.coupling import CoupledChannels, channel_groups
     from keras_dst._training.named_groups import with_named_groups
 
@@ -125,12 +125,11 @@ def _makes_channel(member, ids: np.ndarray) -> bool:
 
 
 def mask_followers(followers: Sequence[Follower], alive) -> None:
-    """Set the entries of pruned channels to zero in variables that are pruned with the channels,
-    such as biases.
+    """Set the entries of pruned channels to zero, in biases and other follower variables.
 
     Args:
-        followers: Variables with channels.
-        alive: Boolean vector that `channels.alive` returned: True for each kept channel.
+        followers: Variables that are pruned together with channels.
+        alive: Boolean vector from `channels.alive`, which is True for each kept channel.
     """
     for variable, mask in channels.masks_of_followers(followers, alive):
         variable.assign(masked(ops.convert_to_tensor(variable), mask))
@@ -194,11 +193,11 @@ def _with_channels(weight, layout: Layout, member, numbers, groups) -> Layout:
 
 
 def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndarray]:
-    """Return the arguments `shares` and `costs` of `ChannelGroups` for all weights of a model."""
+    """Return the arrays `shares` and `costs`, which are arguments of `ChannelGroups`."""
     owner = np.append(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
     stays = np.eye(len(sizes) + 1)[-1]
-    # The costs of variables that never lose channels are added up, as if the variables were a
-    # single weight that is always kept.
+    # The first entry describes one weight that is always kept. Its cost is the total cost of all
+    # variables that never lose channels.
     shares, costs = [[stays, stays]], [[coupled.other_parameters, coupled.other_flops]]
     for member in coupled.members:
         size = int(np.prod(member.variable.shape))

@@ -28,7 +28,8 @@ _ATTRIBUTE = "_keras_dst_fit"
 
 
 def active_fit(model) -> ActiveFit:
-    """Return the object that all callbacks of the running `fit` share, and create it if needed."""
+    """Return the `ActiveFit` that all callbacks of the running `fit` share. The function creates an
+    `ActiveFit` if the `fit` has none yet."""
     # Every `fit` creates a History object. A custom training loop may have no History object.
     owner = vars(getattr(model, "history", None) or model)
     if not owner.get(_ATTRIBUTE):
@@ -37,8 +38,8 @@ def active_fit(model) -> ActiveFit:
 
 
 class _Patch(NamedTuple):
-    """A patch: an attribute of an object, and a function that maps the value of the attribute to
-    its replacement."""
+    """Patch that replaces the attribute `name` of `owner`. The function `make` maps the current
+    value of the attribute to the new value."""
 
     owner: Any
     name: str
@@ -52,8 +53,9 @@ class ActiveFit:
 
     If `fit` trains the model, the patches are applied at the first training step. An exception
     before the first training step leaves the model unchanged. In a custom training loop, the
-    patches are applied when the first epoch begins. When training ends or begins again, the
-    original attributes are restored.
+    patches are applied when the first epoch begins. The original attributes are restored when
+    training ends. If an error interrupts training, the attributes are restored at the latest when
+    the next training begins.
 
     Attributes:
         skipped_batches: Number of batches that the first epoch draws without training on them.
@@ -92,8 +94,8 @@ class ActiveFit:
         """Patch the compiled training step.
 
         Later calls of `fit` do not compile the training step again, because the patched step stays
-        in `model.train_function`. The patched step raises an error if a driver in `drivers` needs a
-        callback and no callback is active.
+        in `model.train_function`. The patched step raises an error if one of the `drivers` needs a
+        callback that is not active.
         """
         self._drivers = [*self._drivers, *drivers]
         if self.model.train_function is None:  # A custom training loop, not `fit`, is running.
@@ -109,7 +111,8 @@ class ActiveFit:
         self.model.train_function = patched_step
 
     def begin_epoch(self) -> None:
-        """In a custom training loop, apply the patches now."""
+        """Apply the patches, but only in a custom training loop. In `fit`, the first step applies
+        them."""
         if not self._is_fit:
             self._apply()
 
@@ -127,8 +130,8 @@ class ActiveFit:
         return bool(self._patches or self._drivers)
 
     def restore(self) -> None:
-        """Restore the original attributes. The next training step of a running `fit` applies the
-        patches again."""
+        """Restore the original attributes of all patched objects. If `fit` is still running, its
+        next training step applies the patches again."""
         applied, self._applied = self._applied, None
         for patch, replacement, before in reversed(applied or ()):
             own = vars(patch.owner)
@@ -180,9 +183,10 @@ class ActiveFit:
         return self._with_token(result)
 
     def _with_token(self, logs):
-        """Return the logs of a training step, with the token as an attribute.
+        """Return a copy of the logs of a training step, with a `_Token` as an attribute.
 
-        When `fit` ends, Python deletes the token.
+        When `fit` ends, Python deletes the logs and the token. A finalizer of the token then
+        restores the original attributes.
         """
         if not isinstance(logs, dict):
             return logs
@@ -208,12 +212,12 @@ class ActiveFit:
 
 
 class _Token:
-    """Token: an object to which only the logs of training steps refer. When Python frees the logs,
-    Python also deletes the token."""
+    """Empty object that is referenced only by the logs of training steps. Python therefore deletes
+    the object together with the logs."""
 
 
 class _Logs(dict):
-    """Logs of a training step, as a dict with the token as an attribute."""
+    """Logs dict of a training step, with an additional attribute for the `_Token`."""
 
     token: _Token
 

@@ -63,7 +63,7 @@ def type_name(tensor: schema.TensorT) -> str:
 
 
 def shape(tensor: schema.TensorT) -> tuple[int, ...]:
-    """Return the shape of a tensor. Sizes of dynamic axes are returned as 1."""
+    """Return the shape of a tensor. In this shape, dynamic axes have size 1."""
     return () if tensor.shape is None else tuple(map(int, tensor.shape))
 
 
@@ -168,7 +168,8 @@ def index_bytes(sparsity: schema.SparsityParametersT) -> int:
 
 
 def constant_sources(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, int]:
-    """Map the index of each unpacked tensor to the index of the constant that is unpacked."""
+    """Map the output tensor of each DENSIFY or DEQUANTIZE op to the constant that the op unpacks.
+    Keys and values are tensor indices."""
     found: dict[int, int] = {}
     for op in graph.operators:
         if op_name(model, op) in ("DENSIFY", "DEQUANTIZE"):

@@ -32,7 +32,8 @@ MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
 #: smaller.
 SAME_LATENCY, SAME_SIZE = 1.05, 1.01
 
-#: Reason in the report if a weight stays dense although DENSIFY would make the file smaller.
+#: Text of the report for a weight that stays dense although a DENSIFY op would make the file
+#: smaller.
 UNSAFE = "with DENSIFY, ARM CPUs would compute this model wrongly"
 
 #: Function that receives the contents of several files, and returns the seconds per inference of
@@ -256,7 +257,7 @@ def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form
 
     Args:
         weight: A float32 or int8 weight.
-        piece: Model that contains only the ops that read the weight.
+        piece: Small ``.tflite`` model that contains only the ops that read the weight.
         int8: Whether the values may be quantized to int8.
     """
     if weight.values.dtype == np.int8:
@@ -310,7 +311,8 @@ def _unpacked_formats(weight: Weight) -> list[Format]:
 
 
 def _obstacle(weight: Weight) -> str:
-    """Return why a weight must keep its format, or an empty string if the format can change."""
+    """Return the reason why a weight must keep its storage format. Return an empty string if the
+    exporter may change the format."""
     if weight.values.dtype == np.float16:
         return "float16: only float32 and int8 weights can be stored sparse"
     if len({tuple(tensor.shape) for tensor in weight.tensors}) > 1:

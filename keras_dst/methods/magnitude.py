@@ -45,13 +45,13 @@ class Magnitude(UpdateMethod):
         revival: If True, pruned weights are still trained, and a later mask update can restore
             them. Defaults to False.
         score: Saliency of a weight. `"magnitude"` is `|w|`. `"lamp"` is the square of the weight,
-            divided by the sum of the squares of all weights in the layer that are not smaller. LAMP
-            scores of different layers are comparable, so the score fits `allocation="global"`.
-            `"taylor"` is the moving average of `(w dL/dw)**2` over the batches. The average
-            estimates how much the loss changes if the weight becomes 0. `"bn_scale"` is the
-            magnitude of the scale in the normalization layer that follows the weight. `"bn_scale"`
-            needs `pattern="channel"`. Weights that no normalization layer follows are ranked by
-            `|w|`. Defaults to `"magnitude"`.
+            divided by a sum of squares. The sum includes all weights of the layer whose magnitude
+            is at least as large. LAMP scores of different layers are comparable, so the score fits
+            `allocation="global"`. `"taylor"` is the moving average of `(w dL/dw)**2` over the
+            batches. The average estimates how much the loss changes if the weight becomes 0.
+            `"bn_scale"` is the magnitude of the scale in the normalization layer that follows the
+            weight. `"bn_scale"` needs `pattern="channel"`. Weights that no normalization layer
+            follows are ranked by `|w|`. Defaults to `"magnitude"`.
         frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
             update per epoch. Defaults to None, which means 100 steps. In a short training run, None
             means more frequent updates, so that the masks are updated about 20 times.
@@ -72,8 +72,8 @@ class Magnitude(UpdateMethod):
 
     Raises:
         ValueError: If an argument is outside its range, or if `score="taylor"` is combined with a
-            schedule that prunes before the first step. There are no gradients before the first
-            step.
+            schedule that prunes before the first step. The score `"taylor"` needs gradients, which
+            do not exist before the first step.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))

@@ -1,4 +1,4 @@
-"""`load`: read the file of a tf_keras model that may have been pruned with tfmot."""
+"""Function `load`, which reads the file of a tf_keras model, pruned with tfmot or not."""
 
 from __future__ import annotations
 

@@ -156,7 +156,8 @@ def _model_config(config: dict) -> dict:
 
 
 def _is_reference(x, names) -> bool:
-    """Return whether a value refers to a tensor: [layer name, call index, output index]."""
+    """Return whether a value is a reference to a tensor: a list [layer name, call index, output
+    index]."""
     return isinstance(x, list) and len(x) in (3, 4) and isinstance(x[0], str) and x[0] in names
 
 
@@ -334,7 +335,8 @@ class _KerasFormat:
         return [variable for variable, _ in pairs], [array for _, array in pairs]
 
     def _pairs(self, group, owner):
-        """Yield every variable of a layer and its inner layers, paired with the stored array."""
+        """Yield a pair (variable, stored array) for each variable of a layer and its inner
+        layers."""
         if isinstance(owner, (list, tuple)):
             for key, layer in zip(_keys([type(x).__name__ for x in owner]), owner):
                 yield from self._pairs(group[key], layer)
