@@ -124,8 +124,7 @@ def ones(mask: Tensor, dtype) -> Tensor:
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
     # torch passes the forward arguments to a gradient function by position, and the upstream
-    # gradient by keyword. TensorFlow and JAX do not pass the forward arguments, and pass the
-    # upstream gradient by position.
+    # gradient by keyword. TensorFlow and JAX pass only the upstream gradient, by position.
     return args[-1] if upstream is None else upstream
 
 
@@ -314,7 +313,8 @@ def _limited_product(w, scores, mask, limit):
 
 
 class Pattern:
-    """Pattern, which determines the groups of weights that are kept or pruned together.
+    """Pruning pattern, which divides a weight tensor into groups that are kept or pruned as a
+    whole.
 
     | name | group |
     |---|---|
@@ -438,7 +438,7 @@ def spread(groups: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor
     """Expand one value per block to a tensor in which every entry has the value of its block.
 
     Args:
-        groups: Tensor with one entry per block.
+        groups: Tensor with one value per block.
         block: Length of a block along every axis.
         shape: Shape of the result.
     """

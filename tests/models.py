@@ -6,7 +6,7 @@ from keras import layers
 
 
 def data(seed=0, size=96):
-    """Return images (8 x 8 x 3) and classes; the class is the brighter half of the image."""
+    """Return images (8 x 8 x 3) and classes, which tell whether the left half is brighter."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((size, 8, 8, 3)).astype("float32")
     y = (x[:, :, :4].mean((1, 2, 3)) > x[:, :, 4:].mean((1, 2, 3))).astype("int32")

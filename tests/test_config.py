@@ -224,7 +224,7 @@ def test_equal_objects_have_equal_hashes(one, other):
 
 
 def documented_defaults():
-    """For each "Defaults to X" in public docstrings, yield class, argument and value."""
+    """Yield the class, the argument and the value of each "Defaults to X" in public docstrings."""
     for module in (keras_dst.methods, keras_dst.schedules, keras_dst.regularizers):
         for cls in vars(module).values():
             if not inspect.isclass(cls) or not cls.__module__.startswith(module.__name__):

@@ -61,7 +61,7 @@ NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
         ([], [0, 0, 0, 0]),
         # An item is selected if at least one of its names matches the expression.
         ("stem/.*", [1, 0, 0, 0]),
-        (len, [0, 1, 1, 0]),  # A callable filter gets the item as its argument.
+        (len, [0, 1, 1, 0]),  # A callable filter is called with each item.
     ],
 )
 def test_filters_select_matching_items(filters, chosen):

@@ -70,7 +70,7 @@ def predict(model):
 
 
 def arrays(model):
-    """Return a dict from paths to values, for all variables except `progress`.
+    """Return the values of all variables except `progress`, as a dict by variable path.
 
     `fit` sets the variable `progress` only at the end of training. During training, the number of
     finished steps is read from the counter of the optimizer.

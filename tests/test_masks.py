@@ -1,4 +1,4 @@
-"""Tests of masks against NumPy: step function, patterns, rankings, equal bits on all backends."""
+"""Tests that step function, patterns and rankings equal NumPy, bit for bit on all backends."""
 
 import contextlib
 import functools
@@ -518,9 +518,9 @@ def test_top_k_compiled_by_xla():
 
 
 def test_top_k_stops_at_the_first_group_that_does_not_fit():
-    # At most 5 weights may be kept. The two groups with the highest scores have 3 weights together.
-    # With the third group, 6 weights would be kept. The ranking therefore stops after two groups,
-    # and does not keep the last group either, which has only 1 weight.
+    # At most 5 weights may be kept. The two groups with the highest scores contain 2 + 1 = 3
+    # weights. With the third group, 6 weights would be kept. The ranking therefore stops after two
+    # groups, and does not keep the last group either, which has only 1 weight.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 
@@ -537,7 +537,7 @@ SIZES = {
 
 @st.composite
 def scores_and_count(draw, largest_size=1):
-    """Draw scores with many ties or a wide range, and draw how many scores to keep.
+    """Draw scores, with many ties or a wide range, and the number of scores to keep.
 
     The number of scores to keep may be negative, or larger than the number of all scores.
     """
@@ -728,8 +728,8 @@ def test_n_of_m_of_tied_and_nonfinite_scores(scores, expected):
 
 CONV, DENSE = random(2, 2, 6, 5, seed=5), random(10, 6, seed=6)
 
-# Columns: pattern, shape of a block in a convolution kernel, packed bits of the masks. For a dense
-# kernel, a block has only the last two dimensions.
+# Columns: pattern, shape of a block in a convolution kernel, and the expected masks as packed bits
+# in hexadecimal. For a dense kernel, a block has only the last two dimensions.
 GOLDEN = [
     ("unstructured", (1, 1, 1, 1), "5026007a293a0e83d201e9744a0d4cb801383108110020"),
     ("1x4", (1, 1, 4, 1), "000003196b5acc6084212954a529ce10410445145128a0"),

@@ -578,7 +578,7 @@ def main():
                 if run.name not in stored
             ]
         for task in tasks:
-            task.result()  # Raise the error of a failed run.
+            task.result()  # If the run failed, this line raises its exception.
     table()
 
 

@@ -19,7 +19,7 @@ from keras_dst.schedules import Constant
 BENCHMARK = "recalibration"
 IMAGES, EPOCHS, SEEDS = 20_000, 3, 3
 ONE_SHOT = {"unstructured": (0.5, 0.7), "channel": (0.25, 0.5)}
-TRAINED = 0.5  # Fraction of the channels that is pruned during an epoch of training.
+TRAINED = 0.5  # Fraction of channels to prune in the runs that train for one more epoch.
 
 
 def pruned(model, method):

@@ -132,7 +132,7 @@ def measure(build, mode: str) -> dict:
 
 
 def _draw_statistics(model) -> None:
-    """Replace the equal initial biases, scales and moving statistics by random values."""
+    """Replace the constant initial biases, scales and moving statistics by random values."""
     import numpy as np
 
     rng = np.random.default_rng(0)

@@ -211,7 +211,7 @@ def file_ratios(run, dense):
 
 
 def npu_ratios(run, dense):
-    """Return Vela's estimates for each NPU, relative to the dense network."""
+    """Return Vela's estimates for each NPU, divided by Vela's estimates for the dense network."""
     found = {}
     for npu in NPUS:
         label = npu.removeprefix("ethos-").upper()
@@ -286,7 +286,7 @@ def _three_digits(ratios):
 
 
 def _markdown(rows, titles="weights"):
-    """Return the lines of a table with one row per variant of the weights."""
+    """Return the lines of a Markdown table with one row per entry of `rows`."""
     lines = [" | ".join([title, *row.values()]) for title, row in rows.items()]
     heading = " | ".join([titles, *next(iter(rows.values()))])
     rule = "|---|" + "---|" * heading.count("|")

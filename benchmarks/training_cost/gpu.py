@@ -12,10 +12,10 @@ are timed separately. The step ratio includes the time of a mask update, divided
 steps from one update to the next. In this benchmark, OptG updates its masks every 200 steps,
 instead of once per epoch.
 
-The time of a mask update is also given as a number of passes over the weights. One pass copies all
-prunable weights in float32, so that each byte is read and written once. The peak memory is measured
-during training steps and a mask update. PyTorch reports the peak memory. With JAX, a thread reads
-the current memory every millisecond, because JAX cannot reset its peak memory.
+The time of a mask update is also divided by the time of one pass over the weights. One pass copies
+all prunable weights in float32, so that each byte is read and written once. The peak memory is
+measured during training steps and a mask update. PyTorch reports the peak memory. With JAX, a
+thread reads the current memory every millisecond, because JAX cannot reset its peak memory.
 
 The time that is left is divided equally among the methods that are not measured yet. A method is
 skipped if less time is left than the first `fit` of the dense network took. The results of each
@@ -53,7 +53,7 @@ POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 
 @dataclass
 class Setting:
-    """Network to time, its batch size, and the dtype policies with which it is trained."""
+    """Network whose training is timed, with its batch size and its dtype policies."""
 
     title: str
     net: Callable
@@ -202,13 +202,13 @@ def data(setting) -> tuple:
 
 
 class TimedNetwork:
-    """Network to time, which has already been trained for two rounds with a pruning method.
+    """Network whose training steps are timed, after two rounds of training with a pruning method.
 
     If the method is None, the network is dense.
 
     Attributes:
-        turn: Function that trains the network for one round and returns the time of the timed steps
-            in seconds.
+        turn: Function that trains the network for one round. It returns the total time of the timed
+            steps in seconds.
         update: Function that updates the masks, or None if the method has no mask updates.
         first_fit: Seconds of the first call of `fit`, including compilation.
         peak: Peak memory on the GPU in bytes, during a round of training and a mask update. None on

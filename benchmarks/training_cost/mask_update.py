@@ -1,9 +1,9 @@
 """Measure time and memory of a mask update of 25 million weights: results/mask_update.
 
 Each method that ranks weights is applied to the kernels of a ResNet-50. The unit of time is one
-pass over the weights, which computes `abs` and `sum` of all weights once. Mask updates and passes
-over the weights are measured alternately. All times are CPU seconds on one core. Peak memory is
-measured twice. The first measurement is the growth of the memory of the process, which includes
+pass over the weights, which computes `abs` and `sum` of all weights once. The benchmark alternates
+between mask updates and passes over the weights. All times are CPU seconds on one core. Peak memory
+is measured twice. The first measurement is the growth of the memory of the process, which includes
 unused gaps of the C allocator. In the second measurement, the allocator puts each block in separate
 pages, which avoids gaps.
 """
@@ -117,7 +117,7 @@ def prepared(method):
 
 
 def times(method) -> dict:
-    """Return the CPU seconds of a mask update, and of one pass over the weights."""
+    """Return the CPU seconds of a mask update, and of `abs` and `sum` over all weights."""
     from keras import ops
 
     from keras_dst._backend.jit import jit

@@ -44,7 +44,8 @@ _current: ContextVar[_Guesses | None] = ContextVar("guesses", default=None)
 def with_guesses(update: Callable) -> Callable:
     """Wrap a function of tensors, so that it guesses conditions and runs again after a wrong guess.
 
-    The function guesses that each condition has the same value as in the previous call.
+    The wrapper guesses that each condition has the same value as in the previous call of the
+    function.
     """
     rare: set[int] = set()
 
@@ -58,7 +59,7 @@ def with_guesses(update: Callable) -> Callable:
                 _current.reset(token)
             if not guesses.conditions:
                 return found
-            # The host waits for the GPU only in this line.
+            # Only the following line makes the host wait for the GPU.
             right = ops.convert_to_numpy(ops.stack(guesses.conditions))
             if right.all():
                 return found

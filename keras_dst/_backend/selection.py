@@ -1,4 +1,4 @@
-"""Selection of the highest scores on PyTorch, without waiting for the accelerator.
+"""Select the highest scores on PyTorch, so that the host need not wait for the accelerator.
 
 A sample of the scores gives a lower and an upper bound for each threshold. The threshold almost
 certainly lies between the two bounds. The few scores between the bounds are copied and sorted. The
@@ -26,7 +26,7 @@ from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores
 
 _SORTED = 1 << 20  # If there are at most this many scores, all scores are sorted.
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
-_DEVIATIONS = 5  # Distance between a bound and the expected threshold, in standard deviations.
+_DEVIATIONS = 5  # Each bound is this many standard deviations away from the expected threshold.
 # If all tensors are ranked together, most scores between the bounds may belong to a few tensors.
 # The vector of copies therefore has room for up to `_CONCENTRATION` times as many scores of a
 # bundle as an even distribution would need.
@@ -45,8 +45,8 @@ def is_possible(scores, sizes=None) -> bool:
 
 
 def top_k(scores: Scores, kept, first=None):
-    """Return masks that keep the highest scores, as a list with one matrix for each bundle of
-    tensors.
+    """Return a list of masks that keep the highest scores. Small tensors are joined into bundles,
+    and each bundle has one mask (see `rows.py`).
 
     Args:
         scores: Scores of all tensors.
@@ -81,9 +81,9 @@ def top_k(scores: Scores, kept, first=None):
 
 
 def kth(scores: Scores, kept):
-    """Return, for every ranking, the highest score that is not among the `kept` highest scores.
+    """Return the (`kept` + 1)-th highest score of every ranking.
 
-    If all scores are kept, return a number below all scores.
+    If a ranking keeps all its scores, return a number below all scores of the ranking.
     """
     _peaks(scores)
     low, high = _bounds(scores, kept)
@@ -110,7 +110,7 @@ def _peaks(scores: Scores):
 
 
 def _is_finite(scores: Scores, low, above, between):
-    """Return whether all scores near the threshold of each ranking are finite.
+    """Return, for each ranking, whether its lower bound or all its scores are finite.
 
     A score of minus infinity would be tied with the smallest finite score.
     """
@@ -192,8 +192,8 @@ class _Between:
             entries.
         ranks: For each score in `values`, its rank among the copied scores of the same ranking,
             counted from 0.
-        first: For each ranking, the index of its first score in `values`.
-        counts: For each ranking, the number of its scores in `values`.
+        first: Index in `values` at which the scores of each ranking begin.
+        counts: Number of copied scores of each ranking.
     """
 
     def __init__(self, scores: Scores, low, above):
@@ -243,7 +243,7 @@ class _Between:
         return gather(ops.append(values, ops.zeros_like(values[:1])), self._ranking)
 
     def add_to(self, masks, taken):
-        """Set the masks to True at the positions of the scores for which `taken` is True."""
+        """Set mask entries to True for all scores in `values` for which `taken` is True."""
         order = self._order
         taken = ops.scatter_update(ops.zeros_like(taken), order[:, None], taken)
         end = 0

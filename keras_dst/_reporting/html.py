@@ -42,7 +42,7 @@ def render_page(report) -> str:
 
 
 def _summary(report) -> list[tuple[str, str, str]]:
-    """Return (name, number, note) for every key figure at the top of the page."""
+    """Return the key figures at the top of the page, as (name, number, note) tuples."""
     parameters = f"of {format_count(report.parameters)} parameters"
     figures = [
         ("sparsity", format_percent(report.sparsity), "of the prunable weights"),

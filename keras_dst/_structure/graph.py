@@ -69,7 +69,7 @@ class Tensor:
 
 @dataclass(eq=False)
 class Call:
-    """Call of one operation in the graph.
+    """Call of a layer or an operation in the graph of a model.
 
     Attributes:
         op: Operation: a layer that is not sparse, or an operation such as `x + y`.
@@ -107,7 +107,8 @@ class Call:
         )
 
     def view_along(self, axis: int) -> None:
-        """Replace every input by a view whose channels are along the given axis."""
+        """Replace each input tensor of this call by its view with the channels along the given
+        axis."""
         inputs = self.inputs
         self.args, self.kwargs = self.map(lambda x: x.along(axis) if _contains(inputs, x) else x)
 
@@ -124,10 +125,10 @@ def check_graph(model) -> None:
 
 
 def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor], dict[int, Any]]:
-    """Return the calls, outputs and variables of a model, including calls inside nested models.
+    """Return the operation calls, output tensors and variables of a model and its nested models.
 
-    In the graph, a dense copy replaces each sparse layer. The returned dict maps the id of each
-    variable of a dense copy to the variable of the sparse layer.
+    In the returned calls, each sparse layer is replaced by a dense copy. The returned dict maps the
+    id of each variable of a dense copy to the corresponding variable of the sparse layer.
     """
     calls: list[Call] = []
     dense: dict[int, Any] = {}

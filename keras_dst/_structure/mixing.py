@@ -1,4 +1,4 @@
-"""Layer handlers for normalization over channels and for attention."""
+"""Channel handlers of normalization layers, layer scales and attention layers."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from keras_dst._structure.unions import ChannelUnions, Member
 class Recurrent(KernelLayer):
     """SimpleRNN, LSTM or GRU.
 
-    If all weights of a unit are zero, the state of the unit stays at its initial value, 0.
+    A unit whose weights are all zero keeps its initial state, 0, in every time step.
     """
 
     @property

@@ -73,7 +73,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.delete_checkpoint = check_boolean(delete_checkpoint, "delete_checkpoint")
 
     def on_train_begin(self, logs=None):
-        self._epoch = None  # Next epoch and batch to train on.
+        self._epoch = None  # The epoch and the batch that `fit` trains next.
         self._batch = 0
         self._since = 0  # Number of batches trained since the last backup.
         self._generator = None  # State of torch's random generator to restore.

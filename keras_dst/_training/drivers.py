@@ -109,7 +109,7 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
 
 
 def _couple_optimizer(model, optimizer: SparseOptimizer) -> Coupling:
-    """Tell an optimizer the axes and the channels of its weights, which only the model knows."""
+    """Pass the axes and the channels of the weights from a model to its optimizer."""
     known = layouts_of(model)
     pairs = list(zip(optimizer.kernels, optimizer.layouts))
     layouts = {id(kernel): known.get(id(kernel), layout) for kernel, layout in pairs}
@@ -195,7 +195,7 @@ def _optimizer_of(model, variables):
 
 
 class PrunedWeight(NamedTuple):
-    """Weight that a method prunes, with the data from which its mask is computed."""
+    """Pruned weight, with its method and all other data that determine its mask."""
 
     name: str
     method: Method
@@ -274,8 +274,8 @@ class Driver:
         self.costs: list[float] | None = None
         self.groups = channels.groups_of(layouts)
         self.followers: list[Follower] = []
-        # True if a callback assigned nonzero values to pruned weights, and the masks were adapted
-        # to the assigned weights.
+        # True if a callback assigned nonzero values to pruned weights, and the new masks keep
+        # exactly the nonzero weights.
         self.masks_assigned = False
         self.target_quantity = method.target_quantity
         if self.groups and not isinstance(method, UnitMethod):
@@ -297,7 +297,7 @@ class Driver:
     def reapply_masks(self) -> None:
         """Apply the current masks to the weights again, after a callback assigned other values.
 
-        Only the driver of a SparseOptimizer overrides this function to mask weights. Sparse layers
+        Only `OptimizerDriver` overrides this method. Sparse layers need no override, because they
         apply their masks in every forward pass.
         """
 
@@ -307,8 +307,8 @@ class Driver:
 
         Args:
             batches: Number of batches that the current `fit` has trained.
-            expected: Result of `reached()` before the callback assigned the weights: the sparsity
-                that training had reached.
+            expected: Sparsity that training had reached before the callback assigned the weights
+                (the result of `reached()`).
         """
         assigned = self._assigned()
         self.reapply_masks()
@@ -407,8 +407,8 @@ class Driver:
     def advance(self, batches: int) -> None:
         """Update the masks to the scheduled sparsity after `batches` batches of `fit`."""
         step = self.last = self.start + batches
-        # Methods that learn thresholds or scores receive the target of the next update in advance,
-        # because their weights need time to reach a target.
+        # Methods that learn thresholds or scores receive the target sparsity of the next update, so
+        # that training has time to reach the target.
         ahead = self.clock.period if self.method.learned else 0
         target = self.schedule.at(step + ahead, self.total)
         done = min(1.0, step / max(self.total or self.clock.last, 1))
@@ -479,8 +479,7 @@ class Driver:
             warnings.warn(self.outcome(), stacklevel=2)
 
     def outcome(self) -> str:
-        """Return a sentence that states the final target and the value that training has
-        reached."""
+        """Return a sentence with the target sparsity and the sparsity that training has reached."""
         target, reached = self._target(), self.reached()
         return (
             f"{self.method!r} reached {self.target_quantity} {reached:.4f}, but the target is "
@@ -498,7 +497,7 @@ class Driver:
         return reached >= self._target() - self.tolerance
 
     def _target(self) -> float:
-        """Return the final target: the removed fraction of all weights or of their total cost."""
+        """Return the final target sparsity, a fraction of all weights or of their total cost."""
         final = self.schedule.sparsity
         if self.costs is not None or self.groups:
             return final
@@ -518,11 +517,11 @@ class Driver:
         return max(0.001, max(groups) / self.size)
 
     def reached(self) -> float:
-        """Return the currently removed fraction of all weights or of their total cost."""
+        """Return the current sparsity, as a fraction of all weights or of their total cost."""
         return self.measure()[1]
 
     def measure(self) -> tuple[float, float]:
-        """Return how many entries all masks together currently keep, and the result of `reached()`.
+        """Return the total number of entries that the masks keep, and the result of `reached()`.
 
         Both numbers are computed from the same masks. If the method has no coupled channels, the
         host waits for the device only once.
@@ -593,8 +592,8 @@ class LayerDriver(Driver):
             self.costs = [c for c in costs if c is not None] or None
 
     # The optimizer counts the steps, and its counter is part of every checkpoint. A sparse layer
-    # stores a step together with the optimizer's counter at that step. With the step and the
-    # counter, the layer can continue its own count after `compile` resets the counter of the
+    # stores its own step count, and the value that the counter had at this step. With these two
+    # numbers, the layer can continue its own count after `compile` resets the counter of the
     # optimizer.
 
     def _iterations(self) -> int:

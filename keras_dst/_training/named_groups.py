@@ -1,4 +1,4 @@
-"""Groups of coupled channels that the user names, for layers that belong to no Functional graph."""
+"""Coupled channels that the user declares with `groups`, for layers outside Functional graphs."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from keras_dst.layers.base import SparseMixin
 from keras_dst.masks import Layout
 from keras_dst.methods.base import Method
 
-# Names of the variables that are pruned together with the channels of a layer.
+# Names of variables whose entries are set to zero when channels of their layer are pruned.
 _FOLLOWERS = ("bias", "beta", "gamma", "scale", "moving_mean")
 
 
 def with_named_groups(
     coupled: CoupledChannels, model, method: Method, layouts: dict[int, Layout]
 ) -> CoupledChannels:
-    """Return a copy of `coupled` that also contains the groups in `method.groups`.
+    """Add the groups of coupled channels in `method.groups` to a copy of `coupled`.
 
     Args:
-        coupled: Coupled channels that follow from the graph of the model.
+        coupled: Coupled channels that were found in the graph of the model.
         model: Model that holds the layers.
-        method: Pruning method whose `groups` contain the names of layers.
-        layouts: Dict from the id of every weight that the method prunes to the axes of the weight.
+        method: Pruning method, whose argument `groups` names the layers with coupled channels.
+        layouts: Dict from the id of every pruned weight to its `Layout` (output and input axes).
 
     Raises:
         ValueError: If a name matches no layer or weight, or if a weight occurs twice. A ValueError
             is also raised if the weights of a group have different numbers of channels, or if the
-            graph determines the channels of a weight.
+            graph of the model already couples the channels of a weight.
     """
     known = {id(member.variable) for member in coupled.members}
     groups, members, count = list(coupled.groups), list(coupled.members), coupled.count
@@ -103,7 +103,7 @@ def _members(
 
 
 def _own_variables(layer) -> Iterator[Any]:
-    """Yield the variables of a layer, without inner layers and without the state of its method."""
+    """Yield the variables of a layer, without its inner layers and its pruning method."""
     states = layer.state_variables() if isinstance(layer, SparseMixin) else {}
     method_owns = {id(variable) for variable in states.values()}
     for variables in (_keras.trainable_variables_of, _keras.non_trainable_variables_of):

@@ -25,14 +25,14 @@ class SparsityTensorBoard(keras.callbacks.Callback):
     The callback writes the following values for every pruned weight, where `<path>` is the weight's
     path:
 
-    * `density/<path>`: Fraction of the weight's entries that the mask keeps. `density` is the kept
-      fraction of all weights together.
+    * `density/<path>`: Fraction of the weight's entries that the mask keeps. The single value
+      `density` is the fraction of entries that all masks together keep.
     * `mask_changes/<path>`: Fraction of mask entries that have changed since the previous record,
       or since the first step of the current `fit`. `mask_changes` is the fraction of changed
       entries in all masks together.
     * `threshold/<path>` (DST), `flips/<path>` of the kept weights (FlipOut), `scores/<path>`
-      (OptG), and `gate/<path>` (Consensus; a gate below 0.5 is closed). Arrays are written as
-      histograms of their finite values.
+      (OptG), and `gate/<path>` (Consensus; a gate below 0.5 is closed). For an array, the callback
+      writes a histogram of the finite values.
 
     At the end of an epoch, the callback also writes the logs of `fit` as `epoch/<name>`, because
     Keras's own TensorBoard callback needs TensorFlow. Put this callback after `SparseTraining` in

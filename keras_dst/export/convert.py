@@ -101,8 +101,9 @@ def conversions(
 
     Args:
         model: A built Keras 3 model.
-        kinds: Kinds of the files, one string per file. ``"float32"`` means float32 weights and ops.
-            ``"dynamic"`` means int8 weights. ``"int8"`` means int8 weights and integer ops.
+        kinds: Number formats of the files to write, one string per file. ``"float32"`` means
+            float32 weights and ops. ``"dynamic"`` means int8 weights. ``"int8"`` means int8 weights
+            and integer ops.
 
             ``"integer"`` is like ``"int8"``, but the inputs and outputs are also int8.
         signature: Descriptions of the inputs of the files. Defaults to all inputs of the model.

@@ -37,7 +37,7 @@ class InputSpec:
         shape: Shape of the input, including the batch size. Dynamic sizes are None.
         dtype: Name of the data type.
         optional: Whether the model accepts None for the input. Defaults to False.
-        present: Whether the exported file has the input. False for an optional input that the
+        present: Whether the exported file has this input. False for an optional input that the
             samples do not contain. Defaults to True.
     """
 
@@ -99,9 +99,9 @@ def signature_of(model: keras.Model, samples: Samples | None = None) -> Signatur
 
     Args:
         model: A built Keras 3 model.
-        samples: Sample data. If an optional input is None in the samples, the file lacks the
-            optional input. For a subclassed model, the types and shapes of the inputs are read from
-            the samples.
+        samples: Sample data. If the samples contain None for an optional input, the file does not
+            have this input. For a subclassed model, the types and shapes of the inputs are read
+            from the samples.
 
     Raises:
         ValueError: If the model does not record its inputs, and no samples are given.
@@ -146,9 +146,9 @@ def _signature_name(name: str) -> str:
 def _keeps_batch_size(model: keras.Sequential) -> bool:
     """Return whether an exported Sequential model must have the batch size that Keras recorded.
 
-    If a call on data builds a model without an Input layer, Keras records the batch size of the
-    data. Most exported models can have a dynamic batch size instead. Recurrent layers that are
-    stateful or not unrolled require a fixed batch size.
+    A Sequential model without an Input layer is built by its first call on data. Keras then records
+    the batch size of the data. Most exported models can have a dynamic batch size instead.
+    Recurrent layers that are stateful or not unrolled require a fixed batch size.
     """
     layers = _keras.flatten_layers(model)
     recurrent = [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
@@ -263,7 +263,7 @@ def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
 def random_samples(model: keras.Model, signature: Signature) -> Samples:
     """Return seeded random samples: standard normal floats, or integers that are 0 or 1.
 
-    Every dynamic size is set to 32, or to another size that the model accepts.
+    Every dynamic axis except the batch axis has size 32, or another size that the model accepts.
     """
     if all(None not in spec.shape[1:] for spec in signature.specs):
         return _random_samples(signature, OPEN_SIZE)
@@ -278,7 +278,7 @@ def random_samples(model: keras.Model, signature: Signature) -> Samples:
 
 
 def _random_samples(signature: Signature, open_size: int) -> Samples:
-    """Return seeded random samples. Dynamic axes except the batch have size `open_size`."""
+    """Return seeded random samples. Dynamic axes except the batch axis have size `open_size`."""
     rng = np.random.default_rng(0)
 
     def array(spec: InputSpec) -> np.ndarray:
@@ -300,7 +300,7 @@ def _random_samples(signature: Signature, open_size: int) -> Samples:
 
 
 def _is_stream(data: Any) -> bool:
-    """Return whether ``data`` yields batches, unlike an array or nested arrays."""
+    """Return whether ``data`` is an iterable of batches, and not arrays."""
     if isinstance(data, keras.utils.PyDataset):
         return True
     if isinstance(data, str | bytes | list | tuple | dict) or _is_array(data):

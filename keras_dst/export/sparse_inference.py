@@ -5,8 +5,8 @@ of NHWC layout. Such a set of ops is called an NCHW region. In NCHW layout, 1x1 
 zero weights. XNNPACK forms an NCHW region only if the graph contains a DENSIFY op. The region
 begins at an entry op: a 3x3 convolution with stride 2 over 3 channels, padded by 1 on each side.
 The region ends at an exit op: a mean over height and width, or DEPTH_TO_SPACE. All ops of the
-region must support NCHW layout. No op outside the region may read a tensor of the region. In the
-1x1 convolutions of the region, more than 2/3 of all weights must be zero.
+region must support NCHW layout. No op outside the region may read an intermediate tensor of the
+region. In the 1x1 convolutions of the region, more than 2/3 of all weights must be zero.
 
 XNNPACK does not check whether the last ops of an NCHW region are exit ops. If another op is the
 last op, its output has NCHW layout, but the next op reads the output as NHWC data. The results are
@@ -64,15 +64,13 @@ class Node:
     Attributes:
         op: The op in the file.
         kind: Builtin name of the op.
-        inputs: Computed tensors that the op reads, without constants.
-        outputs: Tensors that the op computes.
+        inputs: Indices of the tensors that the op reads, without constants.
+        outputs: Indices of the tensors that the op computes.
         role: All roles that the op can have in an NCHW region.
         obstacle: Text such as "ADD of a constant" if the op cannot read data in NCHW layout, and an
             empty string if it can.
-        zeros: Number of zero weights of a 1x1 convolution or a FULLY_CONNECTED op, and 0 for other
-            ops.
-        weights: Number of all weights of a 1x1 convolution or a FULLY_CONNECTED op, and 0 for other
-            ops.
+        zeros: Number of zero weights if the op is a 1x1 convolution or FULLY_CONNECTED, or else 0.
+        weights: Number of all weights if the op is a 1x1 convolution or FULLY_CONNECTED, or else 0.
     """
 
     op: schema.OperatorT
@@ -165,7 +163,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
         return changed
 
     changed = True in [join(n) for n, role in enumerate(roles) if role & Role.EXIT]
-    if not changed:  # Without an exit op, there is no region.
+    if not changed:  # A graph without an exit op has no NCHW region.
         bad.update(range(len(nodes)))
     while changed:
         inside = (n for n, role in enumerate(roles) if role & (Role.INSIDE | Role.EXIT))

@@ -1,4 +1,4 @@
-"""Parts of the export report that are specific to NPUs and microcontrollers."""
+"""Sections of the export report that are specific to NPUs and microcontrollers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class VelaReport:
         accelerator: Configuration of the NPU, such as ``"ethos-u55-128"``.
         system: Name of the system configuration, which sets clock rate and memory bandwidths. This
             is Vela's default.
-        memory_mode: Name of the configuration that says which memories store weights and
+        memory_mode: Name of the memory mode, which selects the memories for weights and
             activations. This is Vela's default.
         version: Version of Vela.
         file: Estimates for one inference of the exported file.

@@ -1,4 +1,5 @@
-"""Sparse classes of layers: the classes of keras_dst, and classes that are derived from them."""
+"""Sparse layer classes: the built-in classes of keras_dst, and derived classes for custom
+layers."""
 
 from __future__ import annotations
 
@@ -75,14 +76,14 @@ class SparseContainer(_keras.BuildHook):
         self.apply_recipe()
 
     def apply_recipe(self) -> None:
-        """Make the inner layers sparse with the methods that `recipe` stores."""
+        """Make the inner layers sparse, with the methods that the attribute `recipe` stores."""
         inner = _keras.flatten_layers(self, include_self=False)
         for index, layer in enumerate(inner):
             if str(index) in self.recipe and not isinstance(layer, SparseMixin):
                 make_sparse(layer, check_method(self.recipe[str(index)]))
 
     def record_recipe(self) -> None:
-        """Store the methods of the sparse inner layers in `recipe`."""
+        """Store the method of each sparse inner layer in the attribute `recipe`."""
         inner = _keras.flatten_layers(self, include_self=False)
         self.__dict__["recipe"] = {
             str(index): keras.saving.serialize_keras_object(layer.method)
@@ -122,7 +123,7 @@ def container_class(stock: type) -> type:
 
 
 def prunable_weights_of(layer) -> Iterator[tuple[Layout, Any]]:
-    """Yield the axes and the variable of every prunable weight in a layer."""
+    """Yield a `(layout, variable)` pair for every prunable weight in a layer."""
     cls = type(layer) if isinstance(layer, SparseMixin) else sparse_class(type(layer))
     for weight in cls.sparse_weights() if cls else ():
         if (variable := weight.raw(layer)) is not None:
@@ -174,7 +175,7 @@ def _registered_name(stock: type) -> str:
 
 
 def _stock_instance(config: dict, own_keys: tuple[str, ...]) -> tuple[Any, dict]:
-    """Return the stock layer that `config` describes, and the config entries under `own_keys`."""
+    """Return the stock layer that `config` describes, and a dict of the entries with `own_keys`."""
     config = dict(config)
     own = {name: config.pop(name) for name in own_keys}
     name = config.pop("stock_class")

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(keras_dst.__file__).parent / "export"
 
 
 def imported_modules(path):
-    """Yield the modules of the export package that a file imports, also inside functions."""
+    """Yield the names of export modules that a file imports, including imports inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "keras_dst.export":
             yield from (alias.name for alias in node.names)

@@ -319,7 +319,7 @@ def test_projection_opens_gates_up_to_the_budget():
     # and the projection prefers the smaller cost.
     np.testing.assert_array_equal(one >= 0, [1, 0, 1, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
-    # The projection changes no logit that already has the right sign.
+    # The logits already have the right signs, so the projection does not change the logits.
     for found, before in zip((one, two), logits):
         np.testing.assert_array_equal(found, np.float32(before))
     one, two = project(Consensus(0.8, min_kept=1), logits, [1, 3])
