@@ -1,4 +1,4 @@
-"""Tests that step function, patterns and rankings equal NumPy, bit for bit on all backends."""
+"""Tests of the step function, patterns and top-k masks against NumPy and across backends."""
 
 import contextlib
 import functools

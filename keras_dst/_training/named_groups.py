@@ -103,7 +103,7 @@ def _members(
 
 
 def _own_variables(layer) -> Iterator[Any]:
-    """Yield the variables of a layer, without its inner layers and its pruning method."""
+    """Yield the variables of a layer, but not of its inner layers or its pruning method."""
     states = layer.state_variables() if isinstance(layer, SparseMixin) else {}
     method_owns = {id(variable) for variable in states.values()}
     for variables in (_keras.trainable_variables_of, _keras.non_trainable_variables_of):

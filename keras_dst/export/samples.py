@@ -300,7 +300,7 @@ def _random_samples(signature: Signature, open_size: int) -> Samples:
 
 
 def _is_stream(data: Any) -> bool:
-    """Return whether ``data`` is an iterable of batches, and not arrays."""
+    """Return whether ``data`` is an iterable of batches rather than an array or nested arrays."""
     if isinstance(data, keras.utils.PyDataset):
         return True
     if isinstance(data, str | bytes | list | tuple | dict) or _is_array(data):
