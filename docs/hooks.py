@@ -17,7 +17,7 @@ def on_files(files, config):
     """Add the pages outside docs/ to the site: results, notebooks, changelog, contributing."""
     for path in [*sorted(ROOT.glob("results/*/index.md")), *sorted(ROOT.glob("C*.md"))]:
         name = path.relative_to(ROOT).as_posix()
-        kind = InclusionLevel.NOT_IN_NAV  # MkDocs does not warn about these pages
+        kind = InclusionLevel.NOT_IN_NAV  # MkDocs does not expect these pages in the menu.
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=kind))
     for path in sorted(ROOT.glob("notebooks/*.ipynb")):
         page, pictures = notebook(path)
@@ -79,8 +79,8 @@ def _breakable(cell) -> str:
 def _link(target: str, file: File) -> str:
     """Convert a link of the repository into a link of the site.
 
-    In the repository, CONTRIBUTING.md is above docs/. On the site, CONTRIBUTING.md and the pages of
-    docs/ are in one folder, and notebooks are Markdown pages.
+    In the repository, CONTRIBUTING.md is in the parent folder of docs/. On the site,
+    CONTRIBUTING.md and the pages of docs/ are in one folder, and notebooks are Markdown pages.
     """
     path = file.abs_src_path  # None for a notebook
     source = pathlib.Path(path).relative_to(ROOT).as_posix() if path else file.src_uri
@@ -118,7 +118,7 @@ def _figures(marker) -> str:
 
 
 def figures(method: str, page: str) -> str:
-    """Return the rows of a method, its variants and its baselines from results/methods/index.md.
+    """Return the rows of results/methods/index.md for a method, its variants and its baselines.
 
     Omit the columns in which only the dense network has a figure.
     """
@@ -143,12 +143,12 @@ class Docstrings(griffe.Extension):
     """An extension that adapts docstrings in the style of Keras to griffe."""
 
     def on_object(self, *, obj, **kwargs):
-        """Adapt the sections of a docstring.
+        """Change the docstring of an object so that griffe can parse it.
 
         * Rename `Example:` to `Examples:`, the name that griffe supports.
         * Replace `Call arguments:`, which griffe does not support, by a list.
-        * Split an entry for several arguments, because griffe finds the type and the default value
-          only for an entry with one name.
+        * Split an entry that describes several arguments. If an entry has several names, griffe
+          does not find the types and the default values.
         """
         if obj.docstring:
             text = obj.docstring.value
@@ -165,5 +165,5 @@ def _entries(found) -> str:
 
 
 def _list(section) -> str:
-    """Return a section of a docstring with its entries as a list."""
+    """Convert the arguments in a docstring section to a Markdown list."""
     return re.sub(r"^    (\w+):", r"    * `\1`:", section[0], flags=re.MULTILINE)

@@ -1,11 +1,11 @@
 """Recommend a pruning method for a sparsity, a pattern and a number of epochs.
 
 Recommendations are based on measured figures in the folder results/, which is not installed with
-the package. The tables in this module are copies of the measured figures. A test compares the
-tables with results/. `Figure.method` names the pruning method with the highest mean accuracy. If
-Magnitude is nearly as accurate, `Figure.method` names Magnitude, which has the lowest training
-cost. Nearly as accurate means that its mean accuracy is lower by at most the sum of the two
-standard deviations.
+the package. This module therefore contains copies of the measured figures. A test compares these
+copies with the files in results/. `Figure.method` names the pruning method with the highest mean
+accuracy. If Magnitude is nearly as accurate, `Figure.method` names Magnitude, which has the lowest
+training cost. Nearly as accurate means that its mean accuracy is lower by at most the sum of the
+two standard deviations.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ _LENET5 = "LeNet-5, MNIST"
 _LENET300 = "LeNet-300-100, MNIST"
 _WIDE_RESNET8 = "ResNet-8 of width 32 with a first stride of 2, CIFAR-10"
 
-#: Each entry is the measured comparison for one combination of pattern, number of epochs and
-# sparsity.
+#: Each `Figure` compares pruning methods for one combination of pattern, sparsity and number of
+# epochs.
 FIGURES = (
     Figure("DCIL", "unstructured", 0.95, 100, _RESNET32, 91.61, 89.97, 93.06, 6, 1, "papers"),
     Figure("Magnitude", "unstructured", 0.9, 5, _LENET5, 98.79, 98.79, 98.97, 11, 3, "methods"),
@@ -111,7 +111,7 @@ _FAMILIES = {name[:9]: name for name in TARGETS if name != "micro"}
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Recommended pruning method, and the measured comparison behind it.
+    """Recommended pruning method, and the measurements on which the recommendation is based.
 
     Attributes:
         method: Python expression that creates the method, such as `"DCIL(sparsity=0.95)"`.

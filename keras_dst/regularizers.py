@@ -79,7 +79,7 @@ class Polarization(keras.regularizers.Regularizer):
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Budget(keras.regularizers.Regularizer):
-    """Penalty `weight * (sum(c g) / sum(c) - target)**2` on the cost of all open gates.
+    """Penalty `weight * (sum(c g) / sum(c) - target)**2` on gates `g` with the costs `c`.
 
     Args:
         target: Target for the cost of the open gates, as a fraction of the cost of all gates. The

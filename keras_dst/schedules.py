@@ -96,7 +96,7 @@ class Schedule(Configurable):
 
     @property
     def _fractions(self) -> tuple[float, float]:
-        """Begin and end of the schedule as fractions of training, unless steps are given."""
+        """Fractions of training at which the schedule begins and ends, if no steps are given."""
         first = 0.0 if self.begin is None else self.begin
         return first, self._default_end if self.end is None else self.end
 
@@ -104,8 +104,8 @@ class Schedule(Configurable):
         """Return which fraction of the change from the initial to the final sparsity is finished.
 
         Args:
-            progress: Position between the beginning (0) and the end (1) of the schedule, a number
-                or an array.
+            progress: A number or an array, from 0 (beginning of the schedule) to 1 (end of the
+                schedule).
         """
         raise NotImplementedError
 
@@ -122,7 +122,7 @@ class Schedule(Configurable):
 
     @property
     def in_steps(self) -> bool:
-        """Whether the schedule begins and ends at given steps instead of fractions of training."""
+        """True if the schedule is given in steps, False if it is given in fractions of training."""
         return self.begin_step is not None
 
     def span(self, total_steps: int | None) -> tuple[int, int]:
@@ -315,11 +315,11 @@ class Sigmoid(Schedule):
 
 
 def as_schedule(sparsity, ramp: Callable[[float], Schedule]) -> Schedule:
-    """Return the schedule for the `sparsity` argument of a method.
+    """Convert the `sparsity` argument of a method to a `Schedule`.
 
     Args:
         sparsity: A number in [0, 1), or a `Schedule`, which is returned unchanged.
-        ramp: Function that creates the method's default schedule, given the final sparsity.
+        ramp: Function that takes the final sparsity and returns the method's default schedule.
 
     Raises:
         ValueError: If `sparsity` is neither a number in [0, 1) nor a `Schedule`.

@@ -32,10 +32,10 @@ _PROBE = """<script>addEventListener("load", () => {
 
 @dataclasses.dataclass
 class Page:
-    """Properties of an HTML page that a browser displays."""
+    """Properties of an HTML page, as measured in a browser."""
 
     dom: str
-    pictures: list  # For each image: natural width, natural height, displayed width, alt text.
+    pictures: list  # Natural width, natural height, displayed width and alt text of each image.
     overflow: int  # Width of the page minus width of the window, in pixels.
     background: str
     text: str  # Visible text.

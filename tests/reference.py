@@ -39,7 +39,8 @@ def data(steps, batch=16, seed=0):
 
 
 def forward(x, p):
-    """Return the logits, and the values that `backward` needs. Normalize with batch statistics."""
+    """Return the logits, and a dict with the values that `backward` needs. Normalize with batch
+    statistics."""
     x = np.asarray(x, "float64")
     a = x @ p["w1"]
     mean, var = a.mean(0), a.var(0)

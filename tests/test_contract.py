@@ -23,7 +23,7 @@ from tests.pages import blocks
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 
 # `own` maps names to the classes that the code blocks of docs/own_methods.md define. The last code
-# block of the page trains these classes, and test_pages.py runs this block.
+# block of the page trains models with these classes. test_pages.py runs the last code block.
 own: dict = {}
 for _, code in blocks("own_methods.md")[:-1]:
     exec(compile(code, "docs/own_methods.md", "exec"), own)
@@ -35,9 +35,10 @@ METHODS = {
     "dst-target-1x4": (methods.DST(sparsity=0.8, pattern="1x4"), 0.8, 0.01),
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
-    # Consensus removes units until 30 % of the FLOPs are removed, up to one unit more or less. The
-    # pruned fraction of the 2,688 weights depends on the layers of these units. This fraction is
-    # 12.5 % for 14 units with 24 weights each, and 30.4 % for 17 units with 48 weights each.
+    # Consensus removes 30 % of the FLOPs, plus or minus the FLOPs of one unit, because it removes
+    # whole units. The pruned fraction of the 2,688 weights depends on the layers of these units.
+    # This fraction is 12.5 % for 14 units with 24 weights each, and 30.4 % for 17 units with 48
+    # weights each.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.2145, 0.09),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
@@ -65,7 +66,7 @@ METHODS = {
 
 x = np.random.default_rng(0).standard_normal((256, 24)).astype("float32")
 y = (x @ np.random.default_rng(1).standard_normal((24, 4))).argmax(1)
-BATCH, EPOCHS = 16, 6 if COMPILES else 4  # PyTorch runs every operation in Python
+BATCH, EPOCHS = 16, 6 if COMPILES else 4  # PyTorch steps are not compiled.
 
 
 ONE_OF_A_FAMILY = [METHODS[name][0] for name in ("dst-target", "magnitude-revival")]
@@ -117,7 +118,7 @@ def fit(model, epochs=EPOCHS, driver=None, callbacks=(), **kwargs):
 
 
 def sparsity(model):
-    """Strip the model, and return the sparsity of the weights that the method pruned."""
+    """Strip the model, and return the sparsity of its masked weights."""
     under = {row.name for row in keras_dst.report(model).layers if row.sparse}
     kernels = [v.numpy() for v in keras_dst.strip(model).variables if v.path in under]
     return 1 - sum(np.count_nonzero(k) for k in kernels) / sum(k.size for k in kernels)

@@ -48,7 +48,8 @@ def own_attributes(model):
 
 
 class Interrupt(keras.callbacks.Callback):
-    """Callback that records the patched attributes of a model, and raises an error in one hook."""
+    """Callback that raises an error in one hook, after it has recorded the patched attributes of
+    the model."""
 
     def __init__(self, hook, error, epoch):
         super().__init__()
@@ -66,7 +67,7 @@ class Interrupt(keras.callbacks.Callback):
 
 @pytest.fixture(scope="module", params=[Magnitude(0.8), DCIL(0.8)], ids=["magnitude", "dcil"])
 def model(request):
-    """Return a model on which `fit` is called several times, as in a notebook."""
+    """Return one model for all tests, so that `fit` is called several times, as in a notebook."""
     return sparse(request.param)
 
 

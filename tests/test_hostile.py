@@ -1,4 +1,5 @@
-"""Tests of hostile input: a clear error or the right behavior, never a wrong result."""
+"""Tests of hostile input. Each call must raise a clear error or behave correctly, and must never
+return a wrong result."""
 
 import io
 import json
@@ -318,7 +319,7 @@ def test_a_mask_of_the_wrong_shape_raises(saved, tmp_path):
 
 
 def change_methods(config, new):
-    """Return a copy of a config in which `new` replaces every keras_dst method."""
+    """Return a copy of a config in which `new` replaces the config of every `OptG` method."""
     if isinstance(config, dict):
         if config.get("registered_name", "") == "keras_dst>OptG":
             return new

@@ -15,8 +15,8 @@ from tests.pages import PAGES, ROOT, fences
 from tests.test_tfmot import file_of
 
 BACKEND = keras.backend.backend()
-NOT_RUN = ("diff", "math", "text")  # Languages of fenced blocks that contain no code to run.
-# Pages whose code other test files run, because the code needs several processes or other checks.
+NOT_RUN = ("diff", "math", "text")  # The tests do not run code blocks in these languages.
+# The code of these pages needs several processes or other checks, so other test files run the code.
 TESTED_ELSEWHERE = {
     "docs/keras_features.md": "tests/test_keras_features.py",
     "docs/many_devices.md": "tests/devices/test_pages.py",
@@ -96,7 +96,7 @@ def test_every_page_is_tested_on_a_backend():
         assert backends(page) <= {"tensorflow", "jax", "torch"} or page in TESTED_ELSEWHERE
 
 
-# -- statements of pages about their results -------------------------------------------------------
+# -- checks of the results that pages state --------------------------------------------------------
 
 
 def readme(names, out):

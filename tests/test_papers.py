@@ -1,4 +1,4 @@
-"""Tests of the benchmark that trains as long as the papers do."""
+"""Tests of the benchmark that trains for as many epochs as the papers."""
 
 import dataclasses
 import json
@@ -117,8 +117,8 @@ def stored_weights(folder):
     return found
 
 
-# `make test` trains with one method that masks the layers, and one method that masks the optimizer
-# step.
+# `make test` trains with only two methods. DCIL applies its masks in the layers, and Magnitude
+# applies its masks in the optimizer step.
 FAST = ("DCIL", "Magnitude")
 CASES = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
@@ -162,7 +162,7 @@ def test_short_runs_are_stored_only_in_their_folder(tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(results, "save", None)  # With None, a call of `results.save` would fail.
     run = Run("resnet-56-16", "Consensus", 0.5, 0, epochs=2, batch=16)
     papers.complete(run, tmp_path, deadline=0.0)
-    # No epoch is trained, because the deadline has passed.
+    # The deadline has already passed, so `complete` trains no epoch.
     assert not (tmp_path / run.name).exists()
     papers.complete(run, tmp_path)
     folder = tmp_path / run.name

@@ -222,7 +222,7 @@ def test_a_shared_layer_counts_once_and_costs_twice():
 
 
 class Subclassed(keras.Model):
-    """A model that calls one layer twice, one layer once, and one layer only in training."""
+    """Model that calls `first` twice, `second` once, and `helper` only in training."""
 
     def __init__(self):
         super().__init__()
@@ -486,7 +486,7 @@ def test_report_of_custom_layers():
     assert "Own" in unclear.reason
 
 
-# -- the model is not changed ----------------------------------------------------------------------
+# -- `report` does not change the model ------------------------------------------------------------
 
 
 class Fails(keras.Model):

@@ -41,8 +41,8 @@ class Tool:
     """
 
     methods: tuple = ()
-    slow: tuple = ()  # Methods that are so slow that they run with only one seed.
-    probabilities = True  # Whether the network ends with a softmax.
+    slow: tuple = ()  # Slow methods, which are trained with only one seed.
+    probabilities = True  # True if the network ends with a softmax.
     setting = None  # Argument `alpha` of DST. None: the default.
 
     def begin(self, method, model, optimizer, epochs, steps):
@@ -297,8 +297,8 @@ def times(kind, methods):
 
     steps = STEPS + 1  # The first step is not timed.
     x, y = (part[: steps * BATCH] for part in mnist()[0])
-    # The first training run in a process takes longer, because of one-time costs. An extra network,
-    # "start", is therefore trained before the measured networks.
+    # The first training run in a process takes longer, because of one-time costs. Therefore train
+    # an extra network, "start", before the measured networks.
     for name in ("start", "dense", *methods):
         method = "dense" if name == "start" else name
         model, callbacks = built(tool, method, networks.lenet_300_100, ROUNDS + 2, steps)

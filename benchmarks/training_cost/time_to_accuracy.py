@@ -4,11 +4,12 @@ python -m benchmarks.training_cost.time_to_accuracy --seeds 3
 python -m benchmarks.training_cost.time_to_accuracy --table
 
 LeNet-300-100 is trained on MNIST to 95 % sparsity for 2 to 10 epochs, as in
-`benchmarks.accuracy.methods`. Each method prunes during training. The baseline is trained without
-pruning for half of the epochs, and then pruned to the target in one shot. Fine-tuning restarts with
-the initial learning rate. The accuracy goal is half a percentage point below the accuracy of the
-dense network after five epochs. The result is the smallest number of epochs with which the mean
-accuracy over the seeds reaches the goal. Runs that are already stored are skipped.
+`benchmarks.accuracy.methods`. Each pruning method prunes the network during training. The baseline
+is trained without pruning for half of the epochs, and then pruned to the target in one shot.
+Fine-tuning restarts with the initial learning rate. The accuracy goal is half a percentage point
+below the accuracy of the dense network after five epochs. The result is the smallest number of
+epochs with which the mean accuracy over the seeds reaches the goal. Runs that are already stored
+are skipped.
 
 The number of operations is proportional to the density, because each weight of LeNet-300-100 is
 multiplied once per sample. A training step computes three matrix products: outputs, gradients of
@@ -17,7 +18,8 @@ operations. keras_dst computes dense products. The column "zeros skipped" counts
 nonzero weights. The number of these products is computed from the mean density of each epoch. DST,
 DCIL and OptG (`ALIVE`) can restore a pruned weight in any step, and therefore need the gradients of
 all weights in every step. RigL needs the gradients of pruned weights only in the step before a mask
-update. The table does not count the operations for the gradients of pruned weights in RigL.
+update. For RigL, the table does not count the operations that compute the gradients of pruned
+weights.
 """
 
 import argparse

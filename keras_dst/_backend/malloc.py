@@ -1,9 +1,9 @@
 """The memory policy of the C library: whether a process keeps the memory that it frees.
 
-glibc immediately returns free blocks of more than 32 MiB to the system. In the next training step,
-the process requests the memory again page by page, which can take as long as the computation. A
-sparse training step needs larger blocks of memory than a dense step. A sparse step can therefore
-need blocks of more than 32 MiB even if the dense step does not.
+glibc immediately returns free blocks of more than 32 MiB to the system. The next training step must
+request this memory again, page by page. These requests can take as long as the computation of the
+step. A sparse training step needs larger blocks of memory than a dense step. A sparse step can
+therefore need blocks of more than 32 MiB even if the dense step does not.
 
 The memory policy applies to the whole process. `SparseTraining` therefore changes the policy only
 if the argument `keep_memory` is True.
@@ -16,7 +16,7 @@ import functools
 import os
 import sys
 
-# Parameters of `mallopt`, and the largest value that `mallopt` accepts.
+# Ids of two parameters of the C function `mallopt`, and the largest value of a parameter.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**31 - 1
 _MIB = 1 << 20

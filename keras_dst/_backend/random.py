@@ -51,7 +51,8 @@ def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
 
     Args:
         shape: Shape of the result.
-        numbers: Integers or int32 scalars, such as the seed, the step and the tensor's index.
+        numbers: Integers or int32 scalars that are hashed, such as the seed, the step and the index
+            of the tensor.
 
     Example:
         >>> keras_dst._backend.random.uniform((2, 3), 0, step, 7)

@@ -7,12 +7,12 @@ candidate threshold, row by row. In a large model, this counting takes nearly al
 update.
 
 On a CPU, the scores of 256 rows (a slab) are counted at once, so that temporary values fit into the
-cache. On an accelerator, the scores in all rows are counted at once, because a loop over slabs
-would launch thousands of small kernels. JAX fuses several counts into one pass over the scores, so
-each search step on JAX tries several candidate thresholds. PyTorch would launch tens of kernels for
-each search step and then wait for the GPU. On PyTorch, `selection.py` therefore usually selects the
-scores without a search. All backends return the same masks, whether they search for the threshold
-or select the scores.
+cache. On an accelerator, the scores in all rows are counted at once. There, a loop over groups of
+256 rows would launch thousands of small operations. JAX fuses several counts into one pass over the
+scores, so each search step on JAX tries several candidate thresholds. PyTorch would launch tens of
+kernels for each search step and then wait for the GPU. On PyTorch, `selection.py` therefore usually
+selects the highest scores without a search for the threshold. All backends return the same masks,
+whether they search for the threshold or select the scores.
 """
 
 import math
@@ -33,7 +33,7 @@ Tensor = Any
 # Largest number of steps in the search for a threshold. The search stops earlier if the lower and
 # the upper threshold are adjacent floats.
 _MAX_STEPS = 900
-_SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once on a CPU.
+_SLAB_ROWS = 1 << 8  # On a CPU, the scores of 256 rows are counted at once.
 # A search step divides the range between the lower and the upper threshold into this number of
 # sections. XLA counts the scores above all boundaries between sections in one pass over the scores.
 _SECTIONS = 8
@@ -135,7 +135,7 @@ def _checked(scores, kept) -> tuple[list[Tensor], Tensor]:
 
 
 def _check_groups(shapes, sizes, first) -> None:
-    """Raise ValueError unless `sizes` and `first` have one correct entry per tensor of scores."""
+    """Raise ValueError if `sizes` or `first` does not match the tensors of scores."""
     if sizes is not None:
         found = [np.asarray(size) for size in sizes] if isinstance(sizes, (list, tuple)) else []
         if [size.shape for size in found] != shapes or any(s.dtype.kind not in "iu" for s in found):
@@ -308,14 +308,14 @@ class _Ranking(Scores):
         return self._by_false_position(kept, low, high, below, above)
 
     def _is_unfinished(self, kept, low, high, above):
-        """Return a boolean for every ranking: whether the search for its threshold must
-        continue."""
+        """Return a boolean for each ranking: True if the threshold is not found yet."""
         middle = low / 2 + high / 2
         between = (low < middle) & (middle < high) & (high - low > SMALLEST)
         return (above < kept) & between & (high > self.least)
 
     def _by_false_position(self, kept, low, high, below, above):
-        """Search for the thresholds. Each search step tries one candidate threshold per ranking.
+        """Search for the threshold of each ranking. Each step tries one candidate for the
+        threshold.
 
         The method interpolates the number of weights above a threshold (its count) linearly between
         the lower and the upper threshold. The next candidate is the threshold at which the
@@ -338,8 +338,8 @@ class _Ranking(Scores):
             for i, threshold in enumerate(sampled):
                 guess = ops.where(ops.equal(turn, i + 1), threshold, guess)
             inside = (low < guess) & (guess < high)
-            # In many models, many scores are 0. Bisection would need many steps to reach the
-            # threshold 0, so the search tries 0 early.
+            # In many models, a large part of the scores is exactly 0. Bisection would need many
+            # steps to reach the threshold 0, so the search tries 0 early.
             at_zero = (low < 0) & (high > 0) & (turn > 2)
             under = (low < -SMALLEST) & ops.equal(high, 0)
             threshold = ops.where(inside & ops.not_equal(turn % 3, 0), guess, low / 2 + high / 2)
@@ -376,8 +376,7 @@ class _Ranking(Scores):
         return low, high, below, above
 
     def _by_sections(self, kept, low, high, below, above):
-        """Search for the thresholds. Each search step tries several candidate thresholds per
-        ranking.
+        """Search for the threshold of each ranking. Each step tries several candidate thresholds.
 
         XLA counts the scores above all candidate thresholds of a step in one pass over the scores.
 
@@ -472,7 +471,7 @@ class _Ranking(Scores):
         return between if b.left is None else between & first_columns(b.left)
 
     def _above(self, b, s, thresholds):
-        """Return a mask of the scores in a bundle that exceed a threshold.
+        """Return a boolean mask, which is True for scores above the threshold.
 
         A threshold below the smallest finite score keeps all scores, including NaN.
         """
@@ -485,8 +484,8 @@ class _Ranking(Scores):
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
     def _count_above(self, thresholds):
-        """Return how many weights of each ranking are kept: weights with scores above the
-        threshold, and weights that are always kept."""
+        """Return the number of kept weights in each ranking. A weight is kept if its score exceeds
+        the threshold, or if the weight is always kept."""
         count = self._count_scores(thresholds)
         # In each tensor, the entries above the threshold and the entries that are always kept are
         # the entries with the highest scores. The union of these two sets therefore has as many
@@ -516,8 +515,8 @@ class _Ranking(Scores):
         matrix.
 
         On a CPU, `reduce` receives 256 rows at a time. XLA and TensorFlow write a mask to memory,
-        with four bytes per entry, before they sum the mask. A mask of 256 rows needs little memory.
-        Arguments that are not matrices are passed to `reduce` unchanged.
+        with four bytes per entry, before they sum the mask. If the mask has only 256 rows, it needs
+        little memory. Arguments that are not matrices are passed to `reduce` unchanged.
         """
         rows = matrices[0].shape[0]
         slabs = rows // _SLAB_ROWS

@@ -1,4 +1,5 @@
-"""Use counts for FLOPs: how often each weight is multiplied for one sample."""
+"""Count how often each weight is multiplied for one sample. FLOPs are computed from these
+counts."""
 
 from __future__ import annotations
 
@@ -154,7 +155,8 @@ def _shapes(structure) -> list[Shape]:
 
 
 def count_uses_per_weight(model, weights: list[Weight]) -> list[tuple[int | None, str | None]]:
-    """Return a `(count, reason)` pair for each weight in `weights`; see `count_uses`."""
+    """Return a pair for each weight: the use count and None, or None and the reason why the use
+    count is unknown. See `count_uses`."""
     recorded_layers = {id(layer): layer for weight in weights for layer in weight.layers}
     recorded_layers |= {id(x): x for x in _keras.flatten_layers(model) if isinstance(x, layers.RNN)}
     try:
@@ -185,7 +187,8 @@ def _count_in(trace: _Trace, weight: Weight) -> int:
 
 
 def _traces(model, recorded_layers: list) -> list[_Trace]:
-    """Call a model symbolically, once for each value of the unknown input sizes."""
+    """Call a model symbolically, and record the layer calls. If an input size is unknown, call the
+    model once for each of two sizes."""
     unbuilt = [layer.name for layer in _keras.flatten_layers(model) if not layer.built]
     if unbuilt:  # A symbolic call of the model would build its unbuilt layers.
         raise _UnknownCount(f"'{unbuilt[0]}' is not built; call the model once on data")

@@ -33,8 +33,8 @@ class WeightReport:
         sparse: True if a layer or a `SparseOptimizer` masks the weight.
         use_count: Number of times that each entry is multiplied for one sample. None if unknown.
         reason: Reason why `use_count` is unknown, or None.
-        density_map: Matrix (inputs x outputs) that shows where the weight is dense. Each entry is
-            the density of one block of the weight, and all blocks have the same size.
+        density_map: Matrix (inputs x outputs) of densities. The weight is divided into blocks of
+            nearly equal size, and each matrix entry is the density of one block.
 
     Example:
         >>> keras_dst.report(model).layers[0].density
@@ -67,7 +67,7 @@ class WeightReport:
 
     @property
     def dense_flops(self) -> int | None:
-        """Number of multiplications and additions for one sample if no entry were zero.
+        """Number of multiplications and additions for one sample if no weight were zero.
 
         None if unknown.
         """
@@ -132,7 +132,7 @@ class SparsityReport:
 
     @property
     def reason(self) -> str | None:
-        """Reasons why `flops` is unknown, or None if `flops` is known."""
+        """Reasons why the FLOPs of the model are unknown, or None if the FLOPs are known."""
         return "; ".join(dict.fromkeys(row.reason for row in self.layers if row.reason)) or None
 
     def to_dict(self) -> dict[str, Any]:
@@ -235,8 +235,8 @@ def report(model, groups: bool = False) -> SparsityReport:
 
     FLOPs are None if they depend on a size that the input shape does not define. FLOPs are also
     None for a custom layer whose weight is neither a convolution kernel nor a matrix over the last
-    axis of an input. Weights whose names end in "token" or "embedding" count as 0 FLOPs. `reason`
-    states why the FLOPs are None.
+    axis of an input. Weights whose names end in "token" or "embedding" count as 0 FLOPs. The
+    attribute `reason` of the report states why the FLOPs are None.
 
     Args:
         model: A built Keras 3 model or layer. It is not changed.

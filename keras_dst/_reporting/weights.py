@@ -107,7 +107,7 @@ def weights_of(model) -> list[Weight]:
 
 
 def density_map(kept: np.ndarray, layout: Layout = KERNEL) -> np.ndarray:
-    """Divide a weight into equal blocks, and return a matrix (inputs x outputs) of their densities.
+    """Divide a weight into blocks of nearly equal size, and return the densities of the blocks.
 
     Args:
         kept: Boolean array in the shape of the weight, which is True for kept entries. In the

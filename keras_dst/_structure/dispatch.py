@@ -98,7 +98,7 @@ _HANDLERS: dict[type, type[ChannelHandler]] = {
 _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
     **dict.fromkeys(MERGE_VERBS, ElementwiseMerge),
     "CustomScaleLayer": ElementwiseMerge,  # layer of InceptionResNetV2: x + scale * y
-    "Add": Addition,  # The class `Add` stands for the layer and for the operation of `x + y`.
+    "Add": Addition,  # Class name of the layer `Add` and of the operation `x + y`.
     "Concatenate": Concatenation,
     "Stack": Stack,
     **dict.fromkeys(("Mean", "Max", "Min"), Reduction),
@@ -112,7 +112,7 @@ _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
 
 
 def handler_for(call: Call, tied: str = "") -> ChannelHandler:
-    """Return the layer handler for a call.
+    """Return the `ChannelHandler` for the layer or operation that is called.
 
     Args:
         call: The call.

@@ -23,11 +23,12 @@ class Member:
         output: Axis of the output channels, or None for variables without output channels. The axis
             is -1 for kernels of `Dense` and of convolutions, and -2 for depthwise and transposed
             kernels.
-        follows: Whether to set the variable's entries of pruned channels to zero, as in a bias, so
-            that pruned channels output exactly zero. `follows` is False for kernels and for moving
-            variances.
-        shrinks: False if the variable keeps its size when channels are removed. An example is layer
-            normalization, where removed channels still count as zeros.
+        follows: True if the entries of pruned channels must be set to zero, so that pruned channels
+            output exactly zero. `follows` is True for a bias, for example, and False for kernels
+            and for moving variances.
+        shrinks: False if the variable keeps its size when channels are removed. For example, the
+            variables of a layer normalization keep their size, because removed channels still count
+            as zeros.
         layer: Name of the layer.
     """
 
@@ -66,7 +67,8 @@ class ChannelUnions:
         return self._units[id(layer)]
 
     def called_on(self, layer, x: Tensor) -> list[Tensor]:
-        """Store `x` as an input of the layer, and return all inputs that are stored for the layer.
+        """Record that the layer is called on `x`. Return all tensors on which the layer has been
+        called.
 
         The channels of all inputs of a layer are coupled, because all calls use the same weights.
         """

@@ -1,1 +1,1 @@
-"""Small helpers that every other folder may import."""
+"""Small helper functions that all other folders of the package may import."""

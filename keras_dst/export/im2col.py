@@ -36,7 +36,7 @@ def lower(
     kernel: Sequence[int],
     version: int,
 ) -> list[schema.OperatorT]:
-    """Return the ops that replace a CONV_2D whose weight has been reshaped to a matrix.
+    """Return the ops that replace a CONV_2D op. The op's weight already has the shape of a matrix.
 
     Args:
         model: The model that contains the op. The function adds constants and op codes to the

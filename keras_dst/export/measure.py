@@ -82,7 +82,8 @@ def bench(
     """Compare the latencies of ``.tflite`` files on random inputs, in the current process.
 
     The files run in turns, so that a change in the speed of the machine affects all files equally.
-    A file runs with its fixed batch size, or with batch size 1 if its batch size is dynamic.
+    Files with a fixed batch size run with this batch size. Files with a dynamic batch size run with
+    batch size 1.
 
     Args:
         paths: Paths of the files. Latency ratios are relative to the first file.
@@ -185,7 +186,8 @@ def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
 def _load_all(
     files: Sequence[bytes], threads: int, batch: int = 1, seed: int = 0
 ) -> list[tuple[float, Interpreter]]:
-    """Return, for each file, the seconds to load it and an interpreter whose inputs are set."""
+    """Return a pair for each file: the load time in seconds, and an interpreter that is ready to
+    run."""
     # The first load is not timed, because it also initializes the runtime.
     _load(files[0], threads, batch)
     found = [_load(content, threads, batch) for content in files]

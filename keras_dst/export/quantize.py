@@ -12,7 +12,7 @@ _LARGEST = 127
 def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, schema.QuantizationParametersT]:
     """Round values to int8. Each index along ``axis`` has its own symmetric scale.
 
-    Return the integers, and their quantization parameters as an object of TensorFlow Lite's schema.
+    Return the int8 values, and an object with their scales and zero points.
     """
     others = tuple(i for i in range(values.ndim) if i != axis)
     peaks = np.abs(values).max(axis=others, keepdims=True)

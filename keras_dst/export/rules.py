@@ -383,9 +383,9 @@ def _faster_format(model, tensor) -> Format | None:
 
 
 def _where(model, graph, op) -> str:
-    """Describe an op by its kind and a name.
+    """Return a string that identifies an op: its builtin name, and the name of a tensor.
 
-    The name is the name of the op's weight, or the name of its output if the op has no weight.
+    The tensor is the op's weight, or the op's output if the op has no weight.
     """
     kind = op_name(model, op)
     index = int(op.inputs[WEIGHT_SLOT] if kind in WEIGHT_OPS else op.outputs[0])

@@ -154,7 +154,7 @@ class FlipOut(UpdateMethod):
 
     def monitored(self, state):
         flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
-        return {"flips": flips[kept]}  # Omit the counters of pruned weights.
+        return {"flips": flips[kept]}  # Omit the sign flips of pruned weights.
 
     def perturb(self, grads, masks, step, total):
         if self.noise == 0:

@@ -38,7 +38,8 @@ def lamp(w: Tensor) -> Tensor:
 
     The square of each entry is divided by the sum of the squares of all entries with at least the
     same magnitude. The largest entry of every layer has the score 1, so a ranking of all layers
-    together never prunes this entry. Among equal entries, the later entry has the higher score.
+    together never prunes this entry. If two entries have the same magnitude, the later entry has
+    the higher score.
 
     Args:
         w: Float tensor of any shape.

@@ -12,8 +12,8 @@ s_t = s (1 - (1 - t / T)**3)               T: half of training
 ```
 
 ST-3 sigma (`sigma=True`) ranks `|w| / std` instead of `|w|`, with `std = 1 / sqrt(sum(shape))` for
-each layer. The threshold of a layer is `tau * std`. ST-3 sigma makes the sparsities of the layers
-more similar.
+each layer. The threshold of a layer is `tau * std`. With ST-3 sigma, the sparsities of the layers
+differ less than with ST-3.
 
 Masks, thresholds and factors are constant between two mask updates. The constant `e` and the
 formula for `std` come from the authors' code.
@@ -52,7 +52,7 @@ from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 _EPSILON = 0.01  # Constant `e`: limits the factor of units whose weights are all pruned.
-# Value that is added to mean magnitudes, so that a unit of zeros causes no division by 0.
+# Small number that prevents a division by 0 if all weights of a unit or channel are 0.
 _TINY = 1e-6
 
 
@@ -68,8 +68,8 @@ class ST3(LayerMethod):
             the sparsity grows along a cubic ramp over the first half of training, as in the paper's
             CIFAR-10 runs.
         sigma: If True, the magnitudes in each layer are divided by the standard deviation of the
-            layer before they are ranked (ST-3 sigma). ST-3 sigma makes the sparsities of the layers
-            more similar and saves more FLOPs. Defaults to False.
+            layer before they are ranked (ST-3 sigma). With ST-3 sigma, the sparsities of the layers
+            differ less, and pruning saves more FLOPs than with ST-3. Defaults to False.
         allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
             `"global"` ranks the weights of all layers together, as in the paper. `allocation` can
             also be `"uniform"`, `"erk"`, or a dict that maps weight names or regular expressions to
@@ -206,9 +206,9 @@ def _channel_factors(saliency, kept):
     """Return the rescaling factor of every channel, given the saliencies of the channels that are
     ranked together.
 
-    Soft thresholding reduces the saliency of a kept channel by the largest saliency of a pruned
-    channel. The returned factor combines the soft thresholding with a rescaling that restores the
-    total saliency of the channels.
+    Soft thresholding subtracts the largest saliency of a pruned channel from the saliency of each
+    kept channel. The returned factor combines the soft thresholding with a rescaling that restores
+    the total saliency of the channels.
     """
     threshold = ops.max(ops.where(kept, 0.0, saliency))
     soft = ops.where(kept, 1.0 - threshold / ops.maximum(saliency, _TINY), 0.0)

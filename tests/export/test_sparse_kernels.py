@@ -138,7 +138,7 @@ def test_exported_files_agree_on_all_cpus(outputs, name):
     ("name", "verdict"), [(name, verdict) for name, (_, verdict) in RULES.items()]
 )
 def test_verdicts_agree_with_the_runtime(outputs, name, verdict):
-    """LiteRT computes wrong outputs for a network if and only if the verdict is "wrong"."""
+    """Check that LiteRT computes wrong outputs exactly if the verdict is "wrong"."""
     expected, delegated, builtin = outputs[name]
     assert error(builtin, expected) < 1e-4
     assert (verdict == "wrong") == (not error(delegated, expected) < 1e-4)

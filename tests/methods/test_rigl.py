@@ -134,7 +134,7 @@ def test_grown_weights_and_their_slots_start_at_zero(cls):
     seen = []
 
     class Watch(keras.callbacks.Callback):
-        """Callback that checks grown weights after `SparseTraining` has updated the masks."""
+        """Callback that checks that activated weights, and their optimizer states, start at 0."""
 
         def on_train_batch_end(self, batch, logs=None):
             # On JAX, Keras updates the variables of the model only when a callback reads
