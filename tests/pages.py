@@ -10,7 +10,7 @@ PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/
 def fences(page):
     """Return `(language, info, code)` for each fenced code block of a page, in order.
 
-    `page` is the path of the page, relative to the root of the repository.
+    `page` is a path relative to the root of the repository, such as `"docs/edge.md"`.
     """
     text = (ROOT / page).read_text()
     found = re.findall(r"^```(\w*) ?(.*?)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)

@@ -178,7 +178,7 @@ def driver_of(method, *widths):
 
 
 # METHODS maps a method to the largest number of passes that its mask update may need. A pass reads
-# or writes all weights in float32, so it moves four bytes per weight.
+# or writes every weight once, in float32, and moves four bytes per weight.
 METHODS = {
     "Magnitude": (keras_dst.methods.Magnitude(0.9), 20),
     "FlipOut": (keras_dst.methods.FlipOut(0.9), 20),
@@ -336,7 +336,7 @@ def test_operations_bytes_and_memory_of_a_torch_update(name, widths, monkeypatch
         for key in {"scores", "gradient"} & state.keys():
             state[key].assign(rng.standard_normal(state[key].shape).astype("float32"))
     driver.advance(260)
-    # Pruned weights are 0, as after training.
+    # Set the pruned weights to 0, as training does.
     for weight, state in zip(driver.weights, driver.states):
         if "gradient" in state:
             trained = ops.convert_to_numpy(state["mask"]) * rng.standard_normal(weight.shape)

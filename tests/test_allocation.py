@@ -48,8 +48,8 @@ def test_global_and_uniform_give_equal_densities(allocation):
         # first density would be 9.9, which is more than 1, so the first weight tensor stays dense.
         # The second weight tensor gets all other kept entries.
         ([(10, 10), (1000, 1000)], 0.1, [1, (0.1 * 1000100 - 100) / 1e6]),
-        # For convolutions, sum(shape) / prod(shape) includes the window of the kernel: (3 + 3 + 2 +
-        # 4) / 72 and (1 + 1 + 6 + 4) / 24.
+        # The ERK density of a convolution is proportional to sum(shape) / prod(shape), with all
+        # axes of the kernel: (3 + 3 + 2 + 4) / 72 and (1 + 1 + 6 + 4) / 24.
         ([(3, 3, 2, 4), (1, 1, 6, 4)], 0.25, [1 / 6, 1 / 2]),
         ([(7, 5)], 0.3, [0.3]),
         (NETWORK, 1.0, [1] * 5),
@@ -163,7 +163,8 @@ def test_kept_counts_with_a_sum_of_one_half():
     [
         (0.9, None, [50, 10, 10]),
         (0.9, 0.9, [50, 10, 10]),
-        (0.45, 0.9, [75, 55, 55]),  # The sparsity 0.45 is half of the final sparsity.
+        # The schedule has reached 0.45, which is half of the final sparsity.
+        (0.45, 0.9, [75, 55, 55]),
         (0.0, 0.9, [100, 100, 100]),
     ],
 )

@@ -75,7 +75,8 @@ def test_the_clock_needs_the_number_of_training_steps():
     ],
 )
 def test_default_periods(cls, period):
-    """Long training runs update masks as often as in the paper, short runs at least 20 times."""
+    """A long training run updates masks as often as the paper does. A short training run updates
+    masks at least 20 times."""
     method = cls(0.8)
     assert update_clock(method, method.schedule, total=10_000, epoch=50).period == period
     short = update_clock(method, method.schedule, total=60, epoch=10)

@@ -23,7 +23,8 @@ def groups_of(model):
 
 
 def bottleneck():
-    """Return a network in which a residual sum skips an expansion and a depthwise convolution."""
+    """Return a network with an inverted residual block: expansion, depthwise convolution,
+    projection and residual sum."""
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(8, 3, padding="same", name="stem")(inputs)
     y = layers.Conv2D(16, 1, use_bias=False, name="expand")(x)

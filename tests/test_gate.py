@@ -29,7 +29,8 @@ def array(tensor):
 
 
 def net(structure="channel", dependent=True, method=None, width=8):
-    """Return a network of four residual blocks, with gates on the branches or on their channels."""
+    """Return a network of four residual blocks. Each block has a gate for its whole branch, or a
+    gate for every channel of the branch."""
     keras.utils.set_random_seed(0)
     method = method or Consensus(0.4 if structure == "channel" else 0.5)
     inputs = keras.Input((12,))
@@ -82,7 +83,7 @@ def test_values_and_gradients_of_a_logit():
     upstream = np.float32([1.0, 2.0, -3.0])
     (found,) = gradients(gated, [ops.convert_to_tensor(logit)], ops.convert_to_tensor(upstream))
     pi = 1 / (1 + np.exp(-logit))
-    # The straight-through estimator sets the derivative dz/dpi to 1, also for closed gates.
+    # The straight-through estimator uses 1 as the derivative dz/dpi, even for closed gates.
     np.testing.assert_allclose(found, upstream * inputs.sum((0, 2)) * pi * (1 - pi), rtol=1e-5)
 
 

@@ -75,7 +75,8 @@ def test_environment_variables_have_priority():
 
 
 class Observe(keras.callbacks.Callback):
-    """Callback that records whether freed memory is kept, and that may raise an error."""
+    """Callback that appends `policy["kept"]` to a list after every batch, and raises `error` if it
+    is given."""
 
     def __init__(self, policy, error=None):
         super().__init__()

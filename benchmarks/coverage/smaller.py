@@ -154,7 +154,7 @@ def compared_with_half_width(build) -> dict:
 
 
 def _count_ops(content: bytes) -> dict[str, int]:
-    """Return a dict from each kind of op in a `.tflite` file to the number of its ops."""
+    """Return the number of ops of each kind in a `.tflite` file, as a dict."""
     from keras_dst.export import flatbuffer
 
     model = flatbuffer.read(content)
@@ -186,8 +186,8 @@ def measured_latency(dense, small) -> dict:
 def measured_ops(dense, small) -> dict[str, list[float]]:
     """Return a dict from each kind of op to its total seconds in the dense and the smaller file.
 
-    Each op runs alone, in a file with batch size 1. Convolutions with fewer than `LANES` filters in
-    the smaller network count as a separate kind of op.
+    Every op is timed in its own file, with batch size 1. Convolutions that have fewer than `LANES`
+    filters in the smaller network form a separate kind of op.
     """
     from keras_dst.export.convert import conversions
     from keras_dst.export.measure import latencies

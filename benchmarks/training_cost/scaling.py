@@ -1,8 +1,8 @@
 """Measure how the cost of sparse training grows with network and batch size: results/scaling.
 
-The networks consist of dense layers. One of three quantities is varied at a time: the number of
-parameters, the number of layers, or the batch size. For each network, steps of the dense baseline
-and of each method at 90 % sparsity are timed alternately, as in
+The networks consist of dense layers. In each series of measurements, one of three quantities
+changes: the number of parameters, the number of layers, or the batch size. For each network, steps
+of the dense baseline and of each method at 90 % sparsity are timed alternately, as in
 `benchmarks.training_cost.step_time`. `sparsify`, `strip`, a mask update, `shrink` and
 `export_tflite` are timed separately. `slope` is the slope of a line that is fitted to the
 logarithms of cost and size. With a slope of 1, cost is proportional to size.

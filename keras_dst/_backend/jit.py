@@ -25,9 +25,9 @@ def jit(fn):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        # TensorFlow counts the tracings of all functions with the same code together, and warns if
-        # they are frequent. A `functools.partial` object has no code of its own, so TensorFlow
-        # counts the functions of each model separately.
+        # TensorFlow warns if functions with the same code object are traced often, even if the
+        # functions belong to different models. A `functools.partial` object has no code object, so
+        # TensorFlow counts the tracings of each model separately.
         return tf.function(functools.partial(fn), autograph=False, reduce_retracing=True)
     if backend == "torch":
         import torch
@@ -205,9 +205,8 @@ def count_all_true(mask):
 def count_true(mask):
     """Return the number of true entries in every row of a boolean matrix, as an int32 vector.
 
-    To sum booleans, torch first converts the booleans to int64, which needs eight bytes per entry.
-    Booleans that are viewed as bytes are added without a conversion, and a sum of 128 booleans fits
-    into a byte.
+    `torch.sum` converts booleans to int64, which needs eight bytes per entry. This function views
+    the booleans as bytes, which need no conversion. Each sum of 128 booleans fits into a byte.
     """
     if keras.backend.backend() != "torch":
         return ops.cast(ops.count_nonzero(mask, axis=1), "int32")
@@ -222,7 +221,8 @@ def true_positions(mask, limit: int):
     """Return the positions of the first `limit` true entries of a torch tensor. If the tensor has
     fewer true entries, the rest of the result is -1.
 
-    The result always has the length `limit`, so the host does not wait for a GPU.
+    The length of the result is always `limit`. The CPU therefore need not wait for the GPU to learn
+    the length.
     """
     import torch
 
@@ -248,7 +248,7 @@ def set_true(mask, positions) -> None:
 def remove_true(mask, other):
     """Set the entries of the torch tensor `mask` to false, in place, where `other` is true. Return
     `mask`."""
-    return mask.gt_(other)  # For booleans, `a > b` is true only if a is true and b is false.
+    return mask.gt_(other)  # For booleans, `gt_` computes `mask and not other`.
 
 
 def add_true(mask, positions, flags) -> None:

@@ -67,8 +67,8 @@ class ChannelHandler:
         raise NotImplementedError
 
     def members(self) -> list[Member]:
-        """Return the variables of the layer that have channels. All channels must already have
-        ids."""
+        """Return the variables of the layer that have channels. Call this method after `couple` has
+        given ids to all channels."""
         return []
 
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
@@ -103,7 +103,8 @@ class ChannelHandler:
         return operation(*args, **kwargs)
 
     def relabel(self, roots: np.ndarray) -> None:
-        """Replace the id of each output channel by the id of its set of coupled channels."""
+        """Replace the id of each output unit by the id of the set of coupled channels that contains
+        the unit."""
 
     def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
         """Return a boolean array that is True for the channels of `x` that must be kept because the
@@ -146,7 +147,7 @@ class ChannelHandler:
 
 
 class Opaque(ChannelHandler):
-    """Operation from which no input or output channel can be removed, for a given reason."""
+    """Operation whose input and output channels are all kept. `reason` states why."""
 
     def couple(self, unions: ChannelUnions) -> None:
         for y in self.call.outputs:
@@ -244,7 +245,8 @@ class BatchNorm(Normalization):
 
 
 class Rescale(PerChannel):
-    """Rescaling by one number, or by one number for each channel of the last axis."""
+    """`Rescaling` layer, with one scale for the whole input or one scale per channel of the last
+    axis."""
 
     def ignores_input(self) -> np.ndarray:
         return np.broadcast_to(np.ravel(self.op.scale) == 0, self.y.channels)
@@ -267,7 +269,8 @@ class PReLUSlopes(PerChannel):
 
 
 class ElementwiseMerge(Elementwise):
-    """Sum, product or similar merge of tensors, or concatenation along time or space."""
+    """Merge of several tensors: a sum, product or similar elementwise operation, or a concatenation
+    along time or space."""
 
     def couple(self, unions: ChannelUnions) -> None:
         whole = [x for x in self.call.inputs if x.channels == self.y.channels]
@@ -402,7 +405,8 @@ class Rearrangement(ChannelHandler):
         self.y.ids = rows[0]
 
     def _output_axis(self) -> int:
-        """Return the channel axis of the output, or its last channel axis if it has several."""
+        """Return the channel axis of the output. If the channels are spread over several axes,
+        return the last of these axes."""
         places = self._rearranged(np.arange(self.x.channels))
         for axis in reversed(range(places.ndim)):
             if np.all(places == places.take([0], axis)):
@@ -418,8 +422,8 @@ class Rearrangement(ChannelHandler):
         return moved.reshape(-1, self.y.channels)
 
     def _rearranged(self, values: np.ndarray) -> np.ndarray:
-        """Return the layer's output for one sample in which each position has the value of its
-        channel.
+        """Apply the layer to one sample, and return the output. Entry i of `values` is the value of
+        input channel i at all positions.
 
         Unknown sizes of the input are replaced by 2, because every size above 1 gives the same
         result.
@@ -454,7 +458,7 @@ class KernelLayer(ChannelHandler):
 
     @property
     def layer(self):
-        """The layer that holds the weights."""
+        """The Keras layer whose kernel is sliced."""
         return self.op
 
     @property
@@ -582,7 +586,7 @@ class KernelLayer(ChannelHandler):
         return self._to_layer_axes(weights) + [bias[units]] * config["use_bias"]
 
     def _sliced(self, kept: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
-        """Return the kernels without removed channels and units, in the axis order of `w`."""
+        """Return the kept input channels and units of each kernel, in the axis order of `w`."""
         return [self.w.compress(kept, -2).compress(units, -1)]
 
     def _to_layer_axes(self, weights: list[np.ndarray]) -> list[np.ndarray]:
@@ -610,7 +614,7 @@ class TransposedConv(KernelLayer):
 
 
 class SeparableConv(KernelLayer):
-    """Depthwise convolution followed by a convolution with a window of 1."""
+    """Separable convolution: a depthwise convolution, then a convolution with kernel size 1."""
 
     @cached_property
     def window(self) -> tuple[int, ...]:

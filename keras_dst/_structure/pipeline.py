@@ -29,15 +29,15 @@ def shrink(model) -> keras.Model:
     values. `shrink` then keeps one constant channel, and changes the kernel entries for this
     channel so that the outputs stay the same. A branch that only adds constants to a sum is removed
     completely. Custom layers keep all channels. Every layer keeps at least one channel.
-    `shrink_report` lists the dead channels that are kept, with reasons.
+    `shrink_report` lists the dead channels that are kept, and states why they are kept.
 
     Before `shrink` returns the smaller model, it runs both models on random inputs and compares
     their outputs.
 
     Args:
         model: Built Sequential or Functional model, which may contain other Sequential and
-            Functional models. It is not changed. If the model is sparse, its masked weights are
-            zero in the smaller model.
+            Functional models. It is not changed. If the model is sparse, the function uses the
+            masked weights, in which pruned entries are zero.
 
     Returns:
         A new Functional model that is not compiled. Layers keep their names, and layers of nested
@@ -155,8 +155,8 @@ def inference(model) -> Callable:
 def _outputs(model, samples: list) -> list[np.ndarray]:
     """Return the outputs of a model for several inputs.
 
-    The model runs on one input at a time to limit memory. Keras holds the outputs of all layers
-    until the last layer has run.
+    The model runs on one input at a time to limit memory. Keras keeps the outputs of all layers in
+    memory until the last layer has run.
     """
     run = inference(model)
     return [to_float64(y) for sample in samples for y in tree.flatten(run(sample))]

@@ -89,7 +89,8 @@ class Weight:
 
     @property
     def name(self) -> str:
-        """Name of the first tensor that uses the buffer."""
+        """Name of the weight. If several tensors share the buffer, the name of the first tensor is
+        used."""
         return text(self.tensors[0].name)
 
     @property
@@ -164,8 +165,8 @@ def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
 
     Args:
         content: Bytes of a ``.tflite`` file whose weights are all dense.
-        formats: Dict from the buffer index of a weight (`Weight.buffer`) to its new format. Weights
-            that are not in the dict keep their format.
+        formats: Dict that maps the buffer index of a weight (`Weight.buffer`) to the new format of
+            the weight. All other weights keep their format.
 
     Raises:
         ValueError: If the runtime would misread a weight in its new format, for example a sparse
@@ -225,7 +226,8 @@ def apply(model: schema.ModelT, formats: Mapping[int, Format]) -> None:
 
 
 def _store(model: schema.ModelT, weight: Weight, format: Format) -> None:
-    """Store the values of a weight in a format, and record the format in the weight's tensors."""
+    """Write the values of a weight into its buffer in the given format, and describe the format in
+    the tensors that use the buffer."""
     values, sparsity = weight.values, None
     if format.int8:
         values, quantization = quantize.quantize(values, scale_axis(weight))
@@ -305,7 +307,7 @@ def _unpack(
 
 
 def _computed_copy(tensor: schema.TensorT, suffix: str) -> schema.TensorT:
-    """Copy a tensor without its stored values, because an op will compute the values."""
+    """Return a copy of a tensor without stored values. An op will compute the values."""
     computed = copy.copy(tensor)
     computed.name = f"{text(tensor.name)}/{suffix}"
     computed.buffer = 0  # Buffer 0 is empty by convention.

@@ -35,8 +35,8 @@ def export_tflite(
     """Write a model as a ``.tflite`` file with sparse weights, after a comparison with the model.
 
     The new file is run in the LiteRT interpreter, with and without XNNPACK, and its outputs are
-    compared with the outputs of the model. The file is written only if the outputs agree. The model
-    is not changed.
+    compared with the outputs of the model. The file is written only if these outputs agree with the
+    outputs of the model. The model is not changed.
 
     Args:
         model: A built Keras 3 model on any backend. The model may be sparse, stripped or dense. An

@@ -17,7 +17,7 @@ from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods.base import LayerMethod, Method, State, UnitMethod, describe
 
 if TYPE_CHECKING:
-    from keras import Layer as _Layer  # For type checkers, the mixins are Keras layers.
+    from keras import Layer as _Layer  # Type checkers treat the mixins as Keras layers.
 else:
     _Layer = object
 

@@ -42,7 +42,7 @@ from keras_dst.schedules import Schedule
 Tensor = Any
 State = dict[str, Any]
 
-# Number of epochs below which some methods use a different schedule.
+# In training runs of fewer epochs, FlipOut and OptG use a cubic schedule by default.
 SHORT = 20
 # A training run with at least this number of steps uses the settings of the papers unchanged.
 _LONG = 20_000
@@ -205,8 +205,8 @@ class Method(Configurable):
         """Return changed states, so that the masks meet the final target exactly.
 
         If `learned` is True, the training callback calls this function after the last step of the
-        schedule. Mask updates after the fraction `exact_from` of training also call this function.
-        Every method with `learned = True` and a schedule must define this function.
+        schedule. After the fraction `exact_from` of training, mask updates can also call this
+        function. Every method with `learned = True` and a schedule must define this function.
 
         Args:
             weights: All weights that the method prunes.
@@ -442,11 +442,11 @@ class LayerMethod(Method):
     """Base class of methods whose mask is part of the forward pass.
 
     The sparse layer owns the mask and all other variables of the method. Pass a `LayerMethod` to
-    `sparsify` or to a `Sparse*` layer. By default, the state contains a mask, every `update`
-    computes a new mask, and the layer uses `w * mask`.
+    `sparsify` or to a `Sparse*` layer. By default, the layer stores one mask per weight, `update`
+    returns new masks, and the forward pass uses `w * mask`.
 
     Attributes:
-        undecayed: Names of the states that are exempt from weight decay.
+        undecayed: Names of the trainable states to which the optimizer applies no weight decay.
         snapshots: States that are copies of other states. `{"a": "b"}` means that the method stores
             a copy of the state `"b"` in the state `"a"` after every mask update.
     """
@@ -662,7 +662,8 @@ class UnitMethod(LayerMethod):
         return {"gate": gate, "progress": self.build_progress(layer, name)}
 
     def update(self, weights, states, layouts, kept, now):
-        """Return new gates: 1 for the output units with the highest scores, and 0 for the rest."""
+        """Return new gates: 1 for the output units with the highest scores, and 0 for all other
+        output units."""
         found = []
         ranked = self.rank(self.scores(weights, states), layouts, kept)
         for w, mask, layout in zip(weights, ranked, layouts):

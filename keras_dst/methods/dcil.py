@@ -43,10 +43,10 @@ class DCIL(TwoPathMethod):
     """Training of a pruned and a full model, which have the same weights and learn from each other.
 
     Pruned weights receive the gradient of the full model, so that a later mask update can restore
-    them. A step takes about as long as two steps of the dense model. The KL terms need at least one
-    output whose loss is a Keras cross-entropy. The argument `from_logits` of the loss states
-    whether the outputs are logits. Outputs with other losses are trained on both paths without KL
-    terms.
+    them. A training step takes about as long as two training steps of the dense model. The KL terms
+    need at least one output whose loss is a Keras cross-entropy. The argument `from_logits` of the
+    loss states whether the outputs are logits. Outputs with other losses are trained on both paths
+    without KL terms.
 
     Args:
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,

@@ -281,8 +281,8 @@ class DST(LayerMethod):
         response = product / ops.maximum(square, 1e-30)
         drift = _MEMORY * drift + (1 - _MEMORY) * (moved - response * alpha)
         wanted = _GAP_SHARE * ops.clip(gap, -scale, scale) - drift
-        # If alpha has had no measured effect, or an effect of the wrong sign, alpha is set to its
-        # limit.
+        # If the measured effect of alpha is zero or has the wrong sign, alpha becomes `limit` or
+        # `-limit`.
         limit = _MAX_GROWTH * ops.maximum(ops.sqrt(square), self.alpha)
         response = ops.maximum(response, ops.abs(wanted) / limit + 1e-30)
         alpha = ops.clip(wanted / response, -limit, limit)
@@ -386,6 +386,6 @@ class _Reset(keras.constraints.Constraint):
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
         alive = ops.mean(masks.ones(mask, "float32")) > self.method.reset_at
         t = masks.masked(t, ops.logical_and(alive, ops.isfinite(t)))
-        # A threshold below 0 prunes no weights, and training needs additional steps to raise the
-        # threshold above 0 again.
+        # A threshold below 0 prunes no weights. From a negative value, training needs additional
+        # steps before the threshold is above 0 and prunes again.
         return t if self.method.schedule is None else ops.maximum(t, 0.0)

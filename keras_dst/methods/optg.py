@@ -47,10 +47,10 @@ class OptG(LayerMethod):
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
             the sparsity grows along a sigmoid, or along a cubic ramp if training has fewer than 20
             epochs.
-        beta: Steepness of the sigmoid per epoch. Do not pass `beta` with a `Schedule`, which has
-            its own curve. Defaults to None, which means a steepness of 1, as in the paper, if
-            training has at least 20 epochs. In a shorter training run without `beta`, the sparsity
-            grows along a cubic ramp in the first half of training.
+        beta: Steepness of the sigmoid per epoch. Do not pass `beta` if `sparsity` is a `Schedule`,
+            because the schedule determines the curve. Defaults to None, which means a steepness of
+            1, as in the paper, if training has at least 20 epochs. In a shorter training run
+            without `beta`, the sparsity grows along a cubic ramp in the first half of training.
         allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
             `"global"` ranks the weights of all layers together, as in the paper. `allocation` can
             also be `"uniform"`, `"erk"`, or a dict that maps weight names or regular expressions to

@@ -105,7 +105,7 @@ class _StepDriver(LayerDriver):
         self.apply_masks()
 
     def apply_masks(self):
-        """Set masked weights to zero again, because the optimizer step has changed them."""
+        """Set the pruned weights to zero again after an optimizer step."""
         weights, states = self._values()
         masked = _masked_weights()(weights, [state["mask"] for state in states])
         for weight, value in zip(self.weights, masked):

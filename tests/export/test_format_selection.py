@@ -187,8 +187,8 @@ def test_a_buffer_with_two_shapes_stays_dense():
     assert (choice.format, choice.reason) == (None, "ops read it in several shapes")
 
 
-# One file contains a 3x3 convolution, and one file contains a fully connected layer. The tests use
-# these files with timers that return fixed seconds.
+# CONV is a file with a 3x3 convolution, and FC is a file with a fully connected layer. In the tests
+# with these files, a fake timer returns fixed seconds.
 CONV = convolution("CONV_2D", sparse_values((64, 3, 3, 64), 0.05, block=4))
 FC = fully_connected(sparse_values((64, 256), 0.05, block=16))
 UNPACKED = dict.fromkeys(
