@@ -57,7 +57,8 @@ def update_masks(driver, step: int) -> None:
 
 
 def in_turns(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call each function once per round, and return the results of all rounds by name."""
+    """Call each function once per round. Return a dict from the name of each function to its
+    results."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():

@@ -313,7 +313,7 @@ def structures_of(graph) -> tuple[Any, Any]:
 def compile_config(model) -> dict[str, Any]:
     """Return the arguments of `compile` that `model.save` stores in a file.
 
-    `model.save` also stores changes to the returned dict.
+    If the returned dict is changed, `model.save` stores the changed arguments.
     """
     return model._compile_config.config
 

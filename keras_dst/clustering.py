@@ -91,7 +91,7 @@ class KeepClusters(keras.callbacks.Callback):
 
     Raises:
         ValueError: If `clusters` is not a whole number of at least 4. `fit` raises a ValueError for
-            the same models as `keras_dst.cluster_weights`.
+            every model that `keras_dst.cluster_weights` rejects.
 
     Example:
         >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.callbacks.KeepClusters(16)])

@@ -115,9 +115,9 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
       `Embedding` layers, convolutions, and the cells of recurrent layers. `EinsumDense` layers
       inside attention layers are included, and also transposed, depthwise and separable
       convolutions. Subclasses of supported layers are also supported. Custom layers are supported
-      if their class lists the names of the weights in `prunable_weights`. A shared layer has one
-      mask for all its calls. DCIL also adds a second set of variables to every batch normalization,
-      even to layers that `filters` does not select.
+      if their class lists the names of the weights in `prunable_weights`. If a layer is called
+      several times, all calls use the same mask. DCIL also adds a second set of variables to every
+      batch normalization, even to layers that `filters` does not select.
     * Magnitude, FlipOut, SET and RigL mask the weights in the optimizer step. The optimizer of a
       compiled model is wrapped in a `SparseOptimizer`, and the layers do not change.
 

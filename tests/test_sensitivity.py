@@ -1,4 +1,4 @@
-"""Tests of `sensitivity` against NumPy, and of its allocation against an exhaustive search."""
+"""Tests that compare `sensitivity` with NumPy, and its allocation with an exhaustive search."""
 
 import json
 import sys

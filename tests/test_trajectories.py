@@ -1,7 +1,7 @@
 """Tests of fifty steps of every method against the equations of the papers in NumPy.
 
 A reference class computes one pruning method in NumPy and stores its scores, counters or
-thresholds. Each reference class has three functions. `effective` returns the masked weights, with
+thresholds. Each reference class has three methods. `effective` returns the masked weights, with
 which the network computes its outputs. `step` applies the gradients of the masked weights with the
 optimizer. `between` runs between two training steps, and updates masks, scores, counters or
 thresholds. The argument of `between` is the number of finished steps.

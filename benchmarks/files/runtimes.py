@@ -123,7 +123,8 @@ def exported(runtime, model, folder, x, y):
 
 
 def latencies(predicts, x):
-    """Return, per variant, the median seconds per inference and the ratio to the dense variant."""
+    """Return the median seconds per inference of each variant, and the ratio to the dense
+    variant."""
 
     def predict_often(predict):
         for _ in range(CALLS):

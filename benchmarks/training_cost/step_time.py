@@ -1,4 +1,4 @@
-"""Measure the time of a training step relative to the dense baseline, and write results/step_time.
+"""Measure the time of a training step relative to the dense baseline: results/step_time.
 
 Each round times a few training steps of the dense baseline and of each method, with batch size 128
 on one core. In each round, the step time of a method is divided by the step time of the dense

@@ -1,4 +1,5 @@
-"""First and second pass of `shrink`: propagate constants, couple channels, choose removals."""
+"""First and second pass of `shrink`: find constants and coupled channels, and choose the channels
+to remove."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ class Plan:
             "shares a weight with 'dense'".
         originals: Dict that maps the id of each variable of a dense copy to the corresponding
             variable of the given model.
-        pinned: Boolean array that is True for each set of coupled channels that cannot be removed.
+        pinned: Boolean array that is True for each set of coupled channels that must be kept.
         pin_reasons: Dict that maps the id of a set of coupled channels to the reason why the
             channels cannot be removed.
         removed: Boolean array that is True for each set of coupled channels that is removed.

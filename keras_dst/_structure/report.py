@@ -1,4 +1,5 @@
-"""`shrink_report`: the channels that `shrink` removes, and why other dead channels are kept."""
+"""Function `shrink_report`, which lists removed channels and explains why dead channels are
+kept."""
 
 from __future__ import annotations
 

@@ -136,7 +136,8 @@ def mask_followers(followers: Sequence[Follower], alive) -> None:
 
 
 def _uncoupled(model, method: Method, layouts) -> Coupling:
-    """Warn that each layer's channels are ranked separately, because the model has no graph."""
+    """Return a `Coupling` without coupled channels, for a model without a graph. Warn that the
+    channels of each layer are ranked separately."""
     if method.counted_in != "channels":
         raise ValueError(
             f"counted_in={method.counted_in!r} needs a Sequential or Functional model. Received: "

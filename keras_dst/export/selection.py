@@ -4,8 +4,8 @@ Fixed rules exclude all storage formats that the runtime would read incorrectly.
 the valid storage formats depends on the file size and on the measured or estimated latency. The
 rules follow the kernels of XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly.
 All other ops need a dense weight, which the op DENSIFY unpacks when the file is loaded. To store
-the weight of a CONV_2D sparse, the export can replace the CONV_2D by slices of the input and a
-FULLY_CONNECTED op.
+the weight of a CONV_2D in a sparse format, the export can replace the op. Slices of the input and a
+FULLY_CONNECTED op then compute the same result.
 """
 
 from __future__ import annotations
@@ -326,7 +326,8 @@ def _obstacle(weight: Weight) -> str:
 
 
 def has_blocks(values: np.ndarray, block: int) -> bool:
-    """Return whether the nonzero values form blocks of `block` values along the last axis."""
+    """Return whether the nonzero values form blocks of `block` consecutive values along the last
+    axis, as defined by `MIN_BLOCK_DENSITY`."""
     if values.shape[-1] % block:
         return False
     cells = values.reshape(-1, block) != 0

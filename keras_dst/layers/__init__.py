@@ -1,4 +1,4 @@
-"""Sparse forms of Keras layers.
+"""Sparse versions of Keras layers.
 
 Each sparse layer is a subclass of a Keras layer. For example, `SparseDense` is `Dense` with the
 additional argument `method=`. `sparsify` converts the layers of a built model to sparse layers, in

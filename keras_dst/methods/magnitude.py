@@ -48,7 +48,7 @@ class Magnitude(UpdateMethod):
             divided by a sum of squares. The sum includes all weights of the layer whose magnitude
             is at least as large. LAMP scores of different layers are comparable, so the score fits
             `allocation="global"`. `"taylor"` is the moving average of `(w dL/dw)**2` over the
-            batches. The average estimates how much the loss changes if the weight becomes 0.
+            batches. This score estimates how much the loss changes if the weight becomes 0.
             `"bn_scale"` is the magnitude of the scale in the normalization layer that follows the
             weight. `"bn_scale"` needs `pattern="channel"`. Weights that no normalization layer
             follows are ranked by `|w|`. Defaults to `"magnitude"`.

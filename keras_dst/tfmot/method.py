@@ -1,4 +1,4 @@
-"""`PruneLowMagnitude`: the pruning method that `prune_low_magnitude` applies to layers."""
+"""Class `PruneLowMagnitude`, the pruning method that `prune_low_magnitude` applies to layers."""
 
 from __future__ import annotations
 

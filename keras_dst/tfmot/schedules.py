@@ -13,9 +13,9 @@ from keras_dst.schedules import check_sparsity
 class PruningSchedule(Configurable):
     """Base class of pruning schedules, including custom schedules.
 
-    `schedule(step)` returns the pair `(update, sparsity)`. `update` states whether the masks are
-    updated before the step. `sparsity` is the fraction of zeros in the new masks. Steps count from
-    1.
+    A call `schedule(step)` returns a pair `(update, sparsity)`. `update` states whether the masks
+    are updated before the step. `sparsity` is the fraction of zeros in the new masks. Steps count
+    from 1.
 
     To save a model with a custom schedule, store every constructor argument in an attribute of the
     same name. Decorate the class with `@keras.saving.register_keras_serializable()`.
