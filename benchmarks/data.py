@@ -28,7 +28,7 @@ def cifar10() -> tuple:
 
 
 def spoken_digits() -> tuple:
-    """Return spectrograms of the Free Spoken Digit Dataset, in the same form as `mnist`.
+    """Return spectrograms and labels of the Free Spoken Digit Dataset, in tuples as in `mnist`.
 
     Raises:
         FileNotFoundError: If fsdd_logmel.npz is not in the folder that KERAS_DST_DATA names.

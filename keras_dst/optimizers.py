@@ -89,7 +89,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.kernel_indices: list[int] = []
         self.kernel_names: list[str] = []
         self.states: list[State] = []
-        # SparseTraining later replaces the default axes by the axes that the layers define.
+        # The layouts first contain default axes. Later, SparseTraining sets the axes that the
+        # layers define.
         self.layouts: list[Layout] = []
         # One tuple per bias or normalization scale of coupled channels: the index of the variable,
         # its channel axis, and the channels along this axis.
@@ -174,8 +175,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             # When Keras loads an `.h5` file, it first builds the optimizer for an empty list of
             # variables. An optimizer without variables stays unbuilt until the first step.
             return
-        # Model variables are stored by index only, because Keras would track them as variables of
-        # the optimizer.
+        # Store only the indices of model variables, because Keras would track stored variables as
+        # variables of the optimizer.
         prunable = [i for i, v in enumerate(variables) if is_prunable(v)]
         paths = [_path_of(variables[i]) for i in prunable]
         filters = self.filters if prunable else None
@@ -224,10 +225,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             layouts: Axes and channels of all kernels.
             followers: Variables that are pruned together with the channels, such as biases. Each
                 variable is given as a tuple `(variable, axis, index)`. `axis` is the channel axis
-                of the variable, and `index[i]` is the channel of position i along `axis`. Entries
-                of the variable that belong to no channel have the index -1. Defaults to no
-                variables.
-            model_known: Whether the layouts come from the layers of a model. If False, the layouts
+                of the variable. `index[i]` is the channel to which position i along this axis
+                belongs. Entries of the variable that belong to no channel have the index -1.
+                Defaults to no variables.
+            model_known: True if the layers of a model define the layouts. If False, the layouts
                 contain default axes. Defaults to False.
         """
         self.layouts = layouts
@@ -570,7 +571,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def _mask_average(self, kernel, state, added=None) -> None:
         """Mask the moving average of a kernel, because callbacks assign the average to the model.
 
-        `added` is a tensor that is added to the average before the sum is masked.
+        If the tensor `added` is given, it is added to the average before the mask is applied.
         """
         for average in self._averages_of(kernel):
             value = ops.convert_to_tensor(average)
@@ -591,8 +592,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if filters is not None and self.built:
             # Save the paths that the filter selected, because a file cannot hold a Python function.
             # The paths are joined to a single regular expression, because each expression in a list
-            # has to match a weight. The path of a frozen weight matches no weight of the loaded
-            # optimizer, which does not train frozen layers.
+            # has to match a weight. The path of a frozen weight would match no weight, because the
+            # loaded optimizer does not train frozen layers.
             known = [_path_of(v) for v in _keras.trained_variables_of(self) if is_kernel(v)]
             chosen = "|".join(_suffix_pattern(name, known) for name in self.kernel_names)
             filters = [chosen] if chosen else []

@@ -55,7 +55,7 @@ def own_tests():
 
 
 def wrapped(cls):
-    """Return a function that wraps optimizers of a class; the wrapper prunes nothing."""
+    """Return a function that creates a `cls` optimizer in a SparseOptimizer that prunes nothing."""
 
     def make(*args, **kwargs):
         return SparseOptimizer(cls(*args, **kwargs), Magnitude(0.0))

@@ -39,7 +39,7 @@ RUNS = 1000
 
 
 def run_tool(tool):
-    """Run a tool in its environment, unless its runs are already stored."""
+    """Run a tool in its Python environment. Skip the tool if the results of its runs are stored."""
     if f"{RESNET}_{tool}" not in results.runs(BENCHMARK):
         command = [PYTHONS[tool], "-m", "benchmarks.comparison.libraries_worker", tool]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -42,7 +42,7 @@ class Net:
 
 @dataclass
 class Case:
-    """Network, pruning method, export options, and goals for the exported file."""
+    """Benchmark case: network, pruning method, export options, and goals for the exported file."""
 
     net: str
     method: Magnitude

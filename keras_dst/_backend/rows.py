@@ -23,23 +23,25 @@ LARGEST = 1e38
 # differences to 0.
 SMALLEST = 2.0**-126
 ROW_WIDTH = 1 << 10  # Number of scores in a row of a matrix.
-_BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
+_BUNDLE_SIZE = 1 << 20  # Largest number of scores in one matrix of small tensors.
 
 
 class Rows:
-    """Rows of a matrix that holds a bundle of tensors. Each tensor starts in a new row of the
-    matrix.
+    """Index arrays of a matrix that stores several tensors (a bundle). Each tensor starts in a new
+    row of the matrix.
 
     Attributes:
-        tensor: For each row, the index of its tensor among all tensors.
-        local: For each row, the index of its tensor among the tensors of the bundle.
-        owner: Boolean matrix. `owner[i, j]` is True if row j of the matrix holds entries of tensor
+        tensor: For each matrix row, the index of the stored tensor among all tensors.
+        local: For each matrix row, the index of the stored tensor among the tensors of the bundle.
+        owner: Boolean matrix. `owner[i, j]` is True if row j of the matrix stores entries of tensor
             i of the bundle.
-        start: For each row, the position of its first entry in its tensor. If all tensors are
-            ranked together, positions are counted in the concatenation of all tensors.
-        left: For each row, the number of entries from the start of the row to the end of its
-            tensor. None if every row is full.
-        first_rows: For each tensor of the bundle, the index of its first row.
+        start: For each matrix row, the position in the stored tensor at which the row starts. If
+            all tensors are ranked together, positions are counted in the concatenation of all
+            tensors.
+        left: For each matrix row, the number of entries from the start of the row to the end of the
+            stored tensor. None if every row is full.
+        first_rows: For each tensor of the bundle, the index of the first matrix row that stores the
+            tensor.
     """
 
     def __init__(self, members: Sequence[int], lengths: Sequence[int], starts: Sequence[int]):
@@ -58,8 +60,8 @@ class Rows:
         self.left = ops.convert_to_tensor(left[:, None]) if np.any(left < ROW_WIDTH) else None
 
     def join(self, tensors: Sequence[Tensor], padding: float) -> Tensor:
-        """Return a matrix whose rows hold the entries of the bundle's tensors, padded with
-        `padding`."""
+        """Return a matrix with the entries of all tensors of the bundle. `padding` fills the end of
+        each tensor's last row."""
         parts = []
         for i, length in zip(self.members, self.lengths):
             part = ops.reshape(tensors[i], (-1,))
@@ -73,15 +75,14 @@ class Rows:
         return ops.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """Return a list with one vector for each tensor in the bundle: the entries of the
-        tensor."""
+        """Return the entries of each tensor in the bundle as a vector."""
         ends = [*self.first_rows[1:].tolist(), self.tensor.shape[0]]
         rows = [matrix[begin:end] for begin, end in zip(self.first_rows.tolist(), ends)]
         return [ops.reshape(r, (-1,))[:n] for r, n in zip(rows, self.lengths)]
 
 
 class Scores:
-    """Scores of several tensors, which are ranked together or within each tensor.
+    """Scores of several tensors, with a single ranking of all scores or one ranking per tensor.
 
     If `together` is True, there is a single ranking of all scores. Otherwise, each tensor has its
     own ranking. Thresholds and counts are vectors with one entry per ranking.
@@ -91,9 +92,9 @@ class Scores:
             separately.
         count: Number of scores in all tensors.
         lengths: Number of scores per ranking, an int32 vector.
-        bundles: List of `Rows` objects, one for each bundle of tensors.
-        scores: List of float32 matrices, one for each bundle, that hold the scores. If a tensor
-            does not fill its last row, the row is padded with minus infinity.
+        bundles: List with one `Rows` object for each matrix in `scores`.
+        scores: List of float32 matrices. Each matrix stores the scores of one bundle of tensors. If
+            a tensor does not fill its last row, the row is padded with minus infinity.
     """
 
     def __init__(self, scores: Sequence[Tensor], together: bool):
@@ -111,7 +112,7 @@ class Scores:
     def split(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         """Return the entries of each tensor as a vector.
 
-        `matrices` is a list with one matrix for each bundle of tensors.
+        `matrices` is a list of matrices with the same shapes as the matrices in `scores`.
         """
         return [part for b, matrix in zip(self.bundles, matrices) for part in b.split(matrix)]
 
@@ -122,7 +123,8 @@ class Scores:
         If several entries of a tensor have the highest score, the first entry is chosen.
 
         Args:
-            peaks: List of vectors, one for each bundle, with the largest score of every row.
+            peaks: List with one vector for each matrix in `scores`. The vector holds the largest
+                score of every matrix row.
             finite: Function that replaces infinite and NaN scores by finite scores.
         """
         for b, s, highest in zip(self.bundles, self.scores, peaks):

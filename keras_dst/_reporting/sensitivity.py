@@ -184,8 +184,9 @@ def sensitivity(
         TypeError: If `model` is not a Keras 3 model.
         ValueError: If the model is not built or not compiled, if `data` is an iterator, such as a
             generator, or if the metric is unknown. A ValueError is also raised if the pattern does
-            not fit a weight, or if the filter matches no weight. A ValueError is also raised if
-            pruning in the pattern would change a mask that a layer computes from its weights.
+            not fit a weight, or if the filter matches no weight. A ValueError is also raised if a
+            layer computes its mask from its weights, and pruning in the pattern would change this
+            mask.
 
     Example:
         >>> model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -275,7 +276,7 @@ def _check(model, data) -> None:
 class _Kernel:
     variable: Any
     layout: Layout
-    effective: Callable | None  # Function that masks the kernel.
+    effective: Callable | None  # Function that returns the masked kernel.
 
     @property
     def name(self) -> str:

@@ -20,8 +20,8 @@ _SHORTEST = 16
 def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table. A heading that ends in ``" >"`` aligns its column to the right.
 
-    If the table is wider than `WIDTH`, headings and long texts are split into several lines. The
-    cells of columns that are aligned to the right are not split.
+    If the table is wider than `WIDTH`, headings and long texts are split into several lines. Cells
+    in right-aligned columns are not split.
 
     Args:
         headings: Names of the columns.
@@ -40,7 +40,8 @@ def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _widths(names: Sequence[str], rows: list[Sequence[str]], right: list[bool]) -> list[int]:
-    """Return column widths with which the table is at most `WIDTH` wide, if possible."""
+    """Return the widths of the columns, so that the table has at most `WIDTH` characters per line
+    if possible."""
     cells = [max((len(row[i]) for row in rows), default=0) for i in range(len(names))]
     available = WIDTH - 3 * len(names) - 1  # Borders and spaces take three characters per column.
     widths = [max(len(name), width) for name, width in zip(names, cells)]

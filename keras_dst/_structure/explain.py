@@ -1,6 +1,6 @@
 """Reasons why `shrink` keeps dead channels.
 
-Each reason names the next layer that needs the channel.
+Most reasons name a later layer that needs the channel.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class _ReasonFinder:
         )
 
     def _follow(self, calls: list[ChannelHandler]) -> tuple[set[int], dict[int, str]]:
-        """Return the ids of the channels that later layers read, and the reasons why constant
-        channels cannot be removed."""
+        """Return the ids of the channels that later layers read, and a dict that maps the ids of
+        channels to reasons why they cannot be removed."""
         read: set[int] = set()
         why: dict[int, str] = {}
         reached = {id(handler.y) for handler in calls}
@@ -100,7 +100,7 @@ class _ReasonFinder:
         return self.plan.names[id(handler.op)]
 
     def _coupled(self, handler: ChannelHandler, channel: int) -> str:
-        """Return the names of layers whose non-constant channels are coupled to a channel."""
+        """Return the names of the layers whose values for the given channel are not constant."""
         tensors = [
             x for x in (*handler.call.inputs, *handler.called_on) if channel in _varying_ids(x)
         ]

@@ -1,1 +1,1 @@
-"""Training: drivers of mask updates, patches of a running fit, backups, and TensorBoard."""
+"""Code that runs during `fit`: mask updates, patches of methods, backups, and TensorBoard logs."""

@@ -15,7 +15,7 @@ _FLOATS = ("float16", "float32", "float64")
 
 
 def check_for_target(name: str, content: bytes, target: str) -> LintReport:
-    """Return the report on a ``.tflite`` file that is meant for TFLM or for an Ethos-U NPU.
+    """Check a ``.tflite`` file for TFLM or for an Ethos-U NPU, and return the `lint` report.
 
     Raises:
         ImportError: If the target is an NPU, and Vela is not installed.

@@ -132,7 +132,7 @@ def _runner(content: bytes, resolver: OpResolverType) -> Callable[..., dict[str,
 
 
 def _quantized(array: np.ndarray, details: dict[str, Any]) -> np.ndarray:
-    """Quantize values for an int8 input of an exported model; return other arrays unchanged."""
+    """Quantize values for an int8 input of an exported model. Return all other arrays unchanged."""
     scale, zero_point = details["quantization"]
     if details["dtype"] != np.int8 or array.dtype.kind != "f" or not scale:
         return array
@@ -187,7 +187,8 @@ def _by_output_name(outputs: Any) -> dict[str, np.ndarray]:
 
 
 def by_input_name(batch: Samples, signature: Signature) -> dict[str, np.ndarray]:
-    """Return a dict from input names to arrays in the file's types, without absent inputs."""
+    """Return a dict that maps the names of the file's inputs to arrays with the dtypes of the
+    file."""
     return {
         spec.name: array.astype(np.bytes_ if spec.dtype == "string" else spec.dtype)
         for spec, array in zip(signature.specs, batch.arrays, strict=True)

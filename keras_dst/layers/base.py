@@ -124,7 +124,7 @@ class SparseMixin(_keras.BuildHook):
     sparse_state: dict[str, State]
     # Masked weights that `SparseCellMixin` computes once for a whole sequence.
     cached_weights: Mapping[str, Any] = MappingProxyType({})
-    driver_active = False  # Whether a callback such as SparseTraining is running.
+    driver_active = False  # True while a callback such as SparseTraining runs.
     traced_both_paths = False  # Whether a training step traced both paths of a TwoPathMethod.
 
     def __init__(self, *args, method, **kwargs):

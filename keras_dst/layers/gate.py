@@ -63,7 +63,7 @@ class Gate(_keras.BuildHook, layers.Layer):
     """
 
     method: Consensus
-    driver_active = False  # Whether a callback such as SparseTraining is running.
+    driver_active = False  # True while a callback such as SparseTraining runs.
 
     def __init__(
         self,
@@ -94,8 +94,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the variables in this dict again, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # With one gate per channel, the layout treats each channel as an output unit. `Consensus`
-        # keeps at least one output unit open. The layout of a branch gate has no output units, so
+        # With one gate per channel, the layout has one output unit per channel. `Consensus` keeps
+        # at least one output unit open. The layout of a branch gate has no output units, so
         # `Consensus` may close the gate.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
@@ -154,7 +154,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         elif training and self.trainable:
             z = self._module(x if context is None else context)
             mean = ops.reshape(ops.mean(z, axis=0), state["mean"].shape)
-            # The penalties on the gates read the stored mean later in the same training step.
+            # Later in the same training step, the penalties on the gates read the batch mean.
             self.__dict__["_batch_mean"] = mean
             old = ops.convert_to_tensor(state["mean"])
             mean = ops.stop_gradient(mean)
@@ -176,8 +176,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         return self.method.is_open(self.sparse_state["gate"], self._layout)
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
-        """Yield the layout, the variable and the state of the gates, like `masked_weights` of
-        sparse layers."""
+        """Yield a tuple `(layout, variable, state)` for the gates, like `masked_weights` of sparse
+        layers."""
         for state in self.sparse_state.values():
             yield self._layout, state["mean" if self.dependent else "logit"], state
 

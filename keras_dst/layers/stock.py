@@ -1,4 +1,4 @@
-"""Sparse forms of Keras layers.
+"""Keras layers with sparse kernels.
 
 For example, `SparseDense` is `Dense` with the additional argument `method=`.
 

@@ -181,13 +181,13 @@ class Method(Configurable):
             layouts: Input and output axes of each weight.
             kept: Number of weights to keep, as an int32 vector. A vector with one entry holds the
                 total over all weight tensors. A longer vector holds one number per weight tensor.
-            now: Position of the mask update in the training run.
+            now: Step, training progress and target sparsity of the mask update.
         """
         new = self.rank(self.scores(weights, states), layouts, kept)
         return [{"mask": mask} for mask in new]
 
     def scores(self, weights: Sequence[Tensor], states: Sequence[State]) -> list[Tensor]:
-        """Return the saliency of all weights, in the shapes of the weights.
+        """Return one saliency tensor per weight, with the shape of the weight.
 
         The weights with the highest scores are kept.
 
@@ -278,7 +278,7 @@ class Method(Configurable):
         pattern.
 
         Args:
-            scores: Saliency of all weights, in the shapes of the weights.
+            scores: One saliency tensor per weight, with the shape of the weight.
             layouts: Input and output axes of each weight.
             kept: Number of weights to keep: the total of the model, or one number per weight tensor
                 (see `update`).

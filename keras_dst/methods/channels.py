@@ -197,9 +197,9 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
     With `allocation="global"`, the function returns the density of the whole model instead, as an
     array with the single integer `round(density * 2**20)`.
 
-    If the allocation is a dict that names a weight of a group, the sparsity of the group is the
-    value in the dict. With the densities of all other groups, the model loses a fraction of its
-    channels, parameters or FLOPs that is as close as possible to `sparsity`.
+    If the allocation is a dict that names a weight of a group, the group gets the sparsity that the
+    dict states. With the densities of all other groups, the model loses a fraction of its channels,
+    parameters or FLOPs that is as close as possible to `sparsity`.
 
     Args:
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
@@ -306,7 +306,7 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
     Args:
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
-        scores: Saliency of all weights, in the shapes of the weights.
+        scores: One saliency tensor per weight, with the shape of the weight.
         layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
             computes.
         kept: The array that the function `kept_counts` returned, as a tensor.
@@ -349,7 +349,7 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
     because they mark weights that are already pruned.
 
     Args:
-        scores: Saliency of all weights, in the shapes of the weights.
+        scores: One saliency tensor per weight, with the shape of the weight.
         layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
             computes.
 
@@ -378,7 +378,7 @@ def per_unit(
     found: Sequence[Tensor],
     layouts: Sequence[Layout],
 ) -> list[Tensor]:
-    """Apply a function to all channels that are ranked together, and return one value per unit.
+    """Return one value per output unit, which `function` computes from the channels of one ranking.
 
     For coupled channels, `function` is called once per group, with the saliency of each channel.
     Without coupled channels, `function` is called once per weight tensor, with the mean score of
@@ -387,7 +387,7 @@ def per_unit(
     Args:
         function: Function whose arguments are the saliencies and a boolean vector that is true for
             kept channels. The function returns a float32 vector with one entry per channel.
-        scores: Saliency of all weights, in the shapes of the weights.
+        scores: One saliency tensor per weight, with the shape of the weight.
         found: Boolean masks that a ranking returned, one mask per weight.
         layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
             computes.
@@ -439,7 +439,8 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
             places[here] = first[here] - start + offset
             offset += end - start
         start = end
-    places[first >= start] = offset  # Channels that no masked weight computes are kept.
+    # A channel is kept if no weight with a mask computes the channel.
+    places[first >= start] = offset
     every = ops.concatenate([*units, ops.ones((1,), "bool")])
     return ops.take(every, np.append(places, offset))
 
@@ -461,9 +462,9 @@ class Scales(NamedTuple):
 
     Attributes:
         variables: Indices of the variables that hold normalization scales.
-        places: One index array per weight, in a shape that broadcasts to the weight, or None for a
-            weight without scales. Each index is the position of the scale of one output unit after
-            `variables` are concatenated.
+        places: For each weight, an integer array that broadcasts to the weight, or None for a
+            weight without scales. Each integer is the position of one unit's scale in the
+            concatenation of all `variables`.
     """
 
     variables: list[int]
@@ -492,10 +493,10 @@ def scales_of(
         shapes: Shapes of all weights.
         layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
             computes.
-        gammas: One pair `(index, channels)` per variable that holds normalization scales. `index`
-            is the index of the variable, and `channels` is an array with the channel that each
-            entry of the variable scales. If several variables scale a channel, the first variable
-            is used.
+        gammas: One pair `(index, channels)` for each variable that stores normalization scales,
+            such as `gamma`. `index` is the index of the variable, and `channels` is an array with
+            the channel that each entry of the variable scales. If several variables scale the same
+            channel, the function uses the first variable.
     """
     if not gammas:
         return Scales([], [])
@@ -536,12 +537,13 @@ def of_kept_channels(margins: Sequence[Tensor], layouts: Sequence[Layout]) -> li
     coupled channel are always kept.
 
     Args:
-        margins: One float32 tensor per weight, with the score minus the threshold of every unit.
+        margins: One float32 tensor per weight. An entry is the score of an output unit minus the
+            threshold of this unit.
         layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
             computes.
 
     Returns:
-        One float32 tensor per weight, in the shape of the weight's margins.
+        One float32 tensor per weight, with the same shape as the weight's tensor in `margins`.
     """
     kept = ops.cast(largest_of_units(margins, layouts) > 0, "float32")
     return _in_shapes(ops.concatenate([kept, ops.ones((1,), "float32")]), margins, layouts)
@@ -559,17 +561,18 @@ def shifts(
     Args:
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
-        margins: One float32 tensor per weight, with the score minus the threshold of every unit.
+        margins: One float32 tensor per weight. An entry is the score of an output unit minus the
+            threshold of this unit.
         layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
             computes.
         kept: Result of `kept_counts` for a global ranking, as a tensor.
 
     Returns:
-        A tuple `(common, rises, limits)`. If all thresholds rose by `common`, the model would keep
-        as many channels as the target requires. `rises` holds the amount by which each threshold
-        rises. `limits` holds the largest amount by which each threshold can rise while its group
-        keeps the minimum number of channels. For units that are always kept, `rises` and `limits`
-        are 0.
+        A tuple `(common, rises, limits)` of increases of the thresholds. If all thresholds rose by
+        `common`, the model would keep as many channels as the target requires. `rises` holds the
+        amount by which each threshold rises. `limits` holds the largest amount by which each
+        threshold can rise while its group keeps the minimum number of channels. For units that are
+        always kept, `rises` and `limits` are 0.
     """
     groups = _required(layouts)
     largest = largest_of_units(margins, layouts)
@@ -600,8 +603,10 @@ def _in_shapes(values: Tensor, like: Sequence[Tensor], layouts: Sequence[Layout]
     """Give every output unit the value of its channel, in tensors with the shapes of `like`.
 
     Args:
-        values: Vector with one entry per channel, and a last entry for units that are always kept.
-        like: One tensor per weight, with one entry per output unit.
+        values: Vector with one entry per channel. An additional last entry applies to all units
+            that are always kept.
+        like: One tensor per weight, with one entry per output unit. Only the shapes of these
+            tensors are used.
         layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
             computes.
     """
@@ -616,8 +621,9 @@ def _of_units(values: Tensor, ids: np.ndarray) -> Tensor:
     """Return one value per output unit: the value of the channel that the unit computes.
 
     Args:
-        values: Vector with one entry per channel, and a last entry for units that are always kept.
-        ids: Index of the channel of each unit, or -1 if the unit is always kept.
+        values: Vector with one entry per channel. An additional last entry applies to all units
+            that are always kept.
+        ids: Index of the channel that each unit computes, or -1 if the unit is always kept.
     """
     return ops.take(values, np.where(ids < 0, values.shape[0] - 1, ids).astype("int32"))
 

@@ -1,4 +1,4 @@
-"""Consensus sub-network: binary gates with polarization (arXiv 2302.10798).
+"""Consensus sub-network (arXiv 2302.10798): binary gates, trained with a polarization penalty.
 
 A structure is an output unit of a layer, or a residual branch. A gate multiplies the output of one
 structure, such as a channel:
@@ -41,7 +41,8 @@ from keras_dst.methods.base import UnitMethod
 from keras_dst.regularizers import Budget, Polarization
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-# Distance from the decision boundary to which `project` moves a gate that it closes.
+# When `project` closes a gate, the logit or running mean ends at least this far below the decision
+# boundary.
 _EDGE = 1e-3
 
 
@@ -80,8 +81,8 @@ class Consensus(UnitMethod):
             allows any number of channels. Convolutions are fastest with a multiple of 8 channels.
         min_kept: Minimum number of units that every layer keeps, and of channels that every group
             of coupled channels keeps. Defaults to None, which means `max(2, ceil(sqrt(1 - s) / 2 *
-            units))` for a sparsity of s. The default is about half of the units that a uniform
-            sparsity would keep. Layers with fewer than `min_kept` units keep all units.
+            units))` for a sparsity of s. This default is about half of the number of units that a
+            uniform sparsity would keep. Layers with fewer than `min_kept` units keep all units.
 
     Raises:
         ValueError: If an argument is outside its range, or if `round_to` is larger than 1 and the
@@ -233,7 +234,7 @@ class Consensus(UnitMethod):
             variable.regularizer = _Penalties(self, layers, layouts)
 
     def _cost(self, layer, variable, uses) -> float:
-        """Return the cost of one entry of a weight, or of one structure of a `Gate` layer."""
+        """Return the cost per entry of a weight, or per channel or branch of a `Gate` layer."""
         if id(variable) not in uses:
             return getattr(layer, "cost", 1.0)
         times, reason = uses[id(variable)]
@@ -256,7 +257,7 @@ class Consensus(UnitMethod):
         Gates are opened in descending order of pi, until the total cost of all open gates is as
         close as possible to the target. In every layer, the gates with the highest pi are always
         open, see `least_units`. If channels are coupled, all gates of a channel are closed
-        together, and the channels with the highest pi in every group are always open.
+        together. The channels with the highest pi in every group are always open.
         """
         key = ["logit" if "logit" in s else "mean" for s in states]
         edge = [0.0 if k == "logit" else 0.5 for k in key]

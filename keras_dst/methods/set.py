@@ -193,8 +193,9 @@ class SET(UpdateMethod):
         Args:
             stay: Boolean masks of the kept weights that this mask update does not drop.
             began: One boolean scalar per weight tensor, which is false until the first mask update.
-            states: States of the weights.
-            now: Position of the mask update in the training run.
+            states: One dict per weight, with the mask and other tensors that SET stores for the
+                weight.
+            now: Step, training progress and target sparsity of the mask update.
         """
         drawn = (
             random.uniform(s["mask"].shape, self.seed, now.step, i) for i, s in enumerate(states)
@@ -216,8 +217,9 @@ class SET(UpdateMethod):
         stay = self.rank(list(magnitudes), layouts, kept - drop)
         stay = [ops.logical_and(b, mask) for b, mask in zip(began, stay)]
         new = self.rank(self.growth_scores(stay, began, states, now), layouts, kept)
-        # A weight has grown if the new mask keeps it, but the mask in `stay` does not. Before the
-        # first update, `began` and all masks in `stay` are False, and no weight counts as grown.
+        # A weight has grown if the new mask keeps the weight, but the mask in `stay` does not.
+        # Before the first update, `began` and all masks in `stay` are False, and no weight counts
+        # as grown.
         changes = [
             {"mask": m, "grown": ops.logical_and(m, ops.not_equal(s, b))}
             for m, s, b in zip(new, stay, began)

@@ -114,7 +114,8 @@ def _producers_of(tensor, fed: dict[Any, list]) -> list:
 
 
 def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list]]:
-    """Return the producers and consumers of every operation, also in nested models."""
+    """Return a dict from operations to their producers, and a dict from operations to their
+    consumers. Both dicts include the operations of nested models."""
     producers: dict[Any, list] = {}
     consumers: dict[Any, list] = {}
     for node in _keras.nodes_in_order(graph):
@@ -165,7 +166,8 @@ def _is_end(layer) -> bool:
 
 
 def _padding_before(layer, producers) -> int | None:
-    """Return the width of the padding before a layer, or None if the four sides differ."""
+    """Return the width of the padding before a layer, or None if the four sides have different
+    widths."""
     first, *others = producers.get(layer, [None])
     if others or not isinstance(first, layers.ZeroPadding2D):
         return None

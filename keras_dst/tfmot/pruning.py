@@ -230,7 +230,8 @@ def _lacks_weight_names(layer) -> bool:
 
 
 def _obstacle(layer, method) -> str | None:
-    """Return the reason why the weights of a layer cannot be pruned, or None if they can."""
+    """Return the reason why the weights of a layer cannot be pruned, or None if pruning is
+    possible."""
     if isinstance(layer, SparseMixin):
         return "it is sparse already; call keras_dst.strip(model) first"
     if _lacks_weight_names(layer):

@@ -1,8 +1,8 @@
 """Train a small network with every method on one or several devices, for test_devices.py.
 
-`python -m tests.devices.trainings SETUP FOLDER` writes one file `METHOD.RUN.COPY.npz` per method,
-run and copy of the variables. A file contains one array for each variable. The name of an array is
-the path of its variable.
+For each method, run and copy of the variables, `python -m tests.devices.trainings SETUP FOLDER`
+writes one file `METHOD.RUN.COPY.npz`. A file contains one array for each variable. The name of an
+array is the path of its variable.
 """
 
 # ruff: noqa: E402 - Set up the devices before the backend is imported.
@@ -240,7 +240,7 @@ def sharded(folder):
 
 
 def whole_on_each(variable):
-    """Return two complete copies of a sharded variable.
+    """Return two complete copies of a variable that is sharded over several devices.
 
     Every shard exists on several devices. Each copy joins one replica of every shard.
     """

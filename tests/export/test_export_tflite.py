@@ -189,7 +189,8 @@ def test_302_inputs_are_not_truncated_to_300(tmp_path):
 @on_tensorflow
 @pytest.mark.parametrize(("optimize", "form"), [("size", "csr"), ("latency", "csr+densify")])
 def test_export_of_sequences_and_recurrence(tmp_path, optimize, form):
-    """In the file, inputs of FULLY_CONNECTED ops have rank 3, and a WHILE op contains weights."""
+    """The file contains FULLY_CONNECTED ops with inputs of rank 3, and weights inside a WHILE
+    op."""
     x = keras.Input(batch_shape=(2, 5, 32))
     y = layers.LSTM(32, return_sequences=True)(layers.Dense(32)(x))
     model = prune(keras.Model(x, y), 0.3)
@@ -415,7 +416,8 @@ def test_models_that_cannot_be_converted_raise(tmp_path, last, message):
 
 @every(1)
 def test_export_does_not_change_a_sparse_model(tmp_path):
-    """Export on every backend, because JAX and PyTorch convert models in a second process."""
+    """Run this test on every backend, because JAX and PyTorch convert models in a second
+    process."""
     image, extra = keras.Input((16, 16, 3)), keras.Input((8,))
     y = layers.Conv2D(32, 3, padding="same", use_bias=False)(image)
     y = layers.ReLU()(layers.BatchNormalization()(y))

@@ -1,4 +1,4 @@
-"""Tests of each rule of `lint`, on a file with the problem and on a file without the problem."""
+"""Tests of each `lint` rule, on a file that breaks the rule and on a file that follows the rule."""
 
 import json
 import pathlib
@@ -61,7 +61,8 @@ def densified(weight, block=1):
 
 
 def half(weight, densify):
-    """Store a sparse float16 weight without DENSIFY, as TensorFlow's converter wrongly does."""
+    """Return a function that stores a sparse float16 weight. TensorFlow's converter wrongly stores
+    such weights without a DENSIFY op."""
 
     def make(graph):
         packed = (densified if densify else stored)(weight.astype(np.float16), 4)(graph)
@@ -71,9 +72,9 @@ def half(weight, densify):
 
 
 def int8(shape, block=16, density=0.2):
-    """Return a function that stores an int8 weight in blocks of size `block`.
+    """Return a function that adds a sparse int8 weight with blocks of `block` values to a graph.
 
-    The nonzero values of the weight form blocks of 16.
+    The nonzero values of the weight form blocks of 16 values.
     """
     weight = integers(shape, density)
     return lambda graph: graph.quantized(graph.sparse(weight, block))

@@ -316,7 +316,8 @@ def test_the_export_uses_densify_only_if_it_is_safe(middle, formats):
 
 @pytest.mark.parametrize("optimize", ["latency", "balanced"])
 def test_a_layer_read_directly_does_not_split_the_region(optimize):
-    """A FULLY_CONNECTED op that reads a sparse weight does not end the NCHW region of XNNPACK."""
+    """A FULLY_CONNECTED op with a sparse weight does not end the region that XNNPACK runs in NCHW
+    layout."""
     content = network(*BODY, dense, pointwise, mean)
     assert verdict(content) == "on"
     plan = select_formats(content, Objective(optimize))

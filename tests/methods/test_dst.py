@@ -198,7 +198,7 @@ def test_golden_gradients():
 
 def test_gradients_can_revive_a_pruned_weight():
     # The magnitudes of both weights are below the threshold, and larger magnitudes would reduce the
-    # loss. A step along the gradients therefore increases the magnitudes and lowers the threshold.
+    # loss. A gradient descent step therefore increases the magnitudes and lowers the threshold.
     to_w, to_t = gradients(
         lambda w, t: DST().apply(w, {"threshold": t}, KERNEL),
         [tensor([[0.3], [-0.3]]), tensor([0.5])],
