@@ -1,6 +1,6 @@
 """Commands of `keras-dst`, one function per command. Each function receives the parsed arguments.
 
-`keras_dst_cli` parses the arguments before it imports this module.
+The module `keras_dst_cli` parses the arguments, and only then imports this module.
 """
 
 from __future__ import annotations

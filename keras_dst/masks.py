@@ -183,13 +183,13 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
 
     The largest allowed magnitude is `limit` times the root mean square of the kept entries. The
     mean ignores kept entries that are 0, such as the gradients of unused rows of an embedding. If
-    all kept entries are 0, pruned entries become 0 too. If the mask keeps no entries, the gradient
-    is unchanged, so that an empty layer can recover.
+    all kept entries of the gradient are 0, its pruned entries are set to 0. If the mask keeps no
+    entries, the gradient is unchanged, so that an empty layer can recover.
 
     Batch normalization multiplies the gradients of a unit by 1 / sqrt(variance + epsilon). If all
     inputs of a unit are pruned, the variance is close to 0, and the factor is very large. Without a
-    limit, the pruned weights of the unit would grow until they displace all other weights in the
-    ranking.
+    limit, the pruned weights of the unit would grow larger than all other weights, and take their
+    places in the ranking.
 
     Args:
         gradient: Gradient of the masked weight, a float tensor.
@@ -385,7 +385,7 @@ class Pattern:
         return tuple(lengths)
 
     def scores(self, scores: Tensor, layout: Layout = KERNEL) -> Tensor:
-        """Return the score of every group, which is the mean score of the group's weights."""
+        """Return the score of every group: the mean of the scores of its weights."""
         return pool(scores, self.block(scores.shape, layout))
 
     def sizes(self, shape: Sequence[int], layout: Layout = KERNEL) -> np.ndarray:
@@ -471,8 +471,8 @@ def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
         A boolean tensor in the shape of `scores`.
 
     Raises:
-        ValueError: If `n` or `m` is not a whole number of at least 1, or if the scores lack the
-            axis.
+        ValueError: If `n` or `m` is not a whole number of at least 1, or if the scores do not have
+            the given axis.
 
     Example:
         >>> keras_dst.masks.n_of_m(keras.ops.array([[3.0], [1.0], [2.0], [4.0]]), 2, 4)

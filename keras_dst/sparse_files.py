@@ -176,7 +176,7 @@ def _safetensors():
 
 @contextlib.contextmanager
 def _zeros_under_masks(model) -> Iterator[None]:
-    """Set the pruned weights of sparse layers to zero within this context."""
+    """Set the pruned weights of sparse layers to zero, and restore the weights on exit."""
     restored = []
     for layer in _keras.flatten_layers(model):
         if isinstance(layer, SparseMixin):

@@ -210,7 +210,7 @@ MODELS = {f.__name__: f for f in KINDS}
 def compiled(model, optimizer=None, **kwargs):
     """Compile a model for `data`, and return the model.
 
-    Models on TensorFlow run without XLA, and recurrent models run eagerly. Both choices save time.
+    On TensorFlow, models run without XLA, and recurrent models run eagerly, to save time.
     """
     if keras.backend.backend() == "tensorflow":
         recurrent = any(isinstance(layer, layers.RNN) for layer in model._flatten_layers())

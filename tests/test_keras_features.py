@@ -44,7 +44,8 @@ def network(method=None, optimizer="adam"):
 
 
 def fit(model, *callbacks, first=0, last=4):
-    """Train from epoch `first` to epoch `last` of a run of four epochs, and return the logs."""
+    """Train from epoch `first` to epoch `last`, in a training run of four epochs. Return the
+    logs."""
     return model.fit(
         x,
         y,

@@ -219,7 +219,7 @@ BLOCKS = [
     ("1x4", (6, 5), KERNEL, (4, 1)),
     ("4x1", (6, 5), KERNEL, (1, 4)),
     ("2x4", (7, 5), KERNEL, (4, 2)),
-    ("1x16", (6, 5), KERNEL, (6, 1)),  # The axis has 6 entries, so a block of 16 is cut to 6.
+    ("1x16", (6, 5), KERNEL, (6, 1)),  # A block of 16 is cut to 6, the length of the axis.
     # The following shapes are kernels of convolutions.
     ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),
     ("4x1", (3, 2, 6, 5), KERNEL, (1, 1, 1, 4)),
@@ -236,7 +236,7 @@ BLOCKS = [
 
 
 def blocks_of(shape, block):
-    """Yield the index of every block and the slices that select its weights."""
+    """Yield the index of every block, and the slices that select the weights of the block."""
     counts = [-(-n // b) for n, b in zip(shape, block)]
     for index in np.ndindex(*counts):
         yield index, tuple(slice(i * b, (i + 1) * b) for i, b in zip(index, block))

@@ -398,7 +398,7 @@ def train(run, data, backup, deadline=None):
         deadline: Value of `time.monotonic()` after which no further epoch begins.
 
     Raises:
-        Paused: If the deadline passes before the last epoch.
+        Paused: If the deadline passes before the last epoch has been trained.
     """
     backup.mkdir(parents=True, exist_ok=True)
     record = backup / "weights" / "training.json"

@@ -155,7 +155,7 @@ def _widths(model) -> dict[str, int]:
 
 
 def table() -> list[str]:
-    """Return the lines of the section about half of the channels in docs/models.md."""
+    """Return the lines of the section "Half of the channels" in docs/models.md."""
     stored = results.runs(BENCHMARK)
     if not stored:
         return []

@@ -13,7 +13,7 @@ from keras_dst.version import __version__
 # Color of the cells in a density map. The opacity of the color shows the density, so that the map
 # is readable on light and dark backgrounds.
 _COLOR = "#4a86f0"
-_GAMMA = 0.5  # A cell has the opacity density ** gamma, so that low densities stay visible.
+_GAMMA = 0.5  # The opacity of a cell is density ** gamma, so that low densities stay visible.
 _LEGEND = (0, 0.01, 0.1, 0.25, 0.5, 1)
 
 

@@ -20,7 +20,7 @@ UNKNOWN = np.nan  # Marks a channel whose value depends on the input.
 
 @dataclass(eq=False)
 class Tensor:
-    """Tensor of the graph, with its channels along one axis, by default the last axis.
+    """Tensor in the graph of a model. Its channels are along one axis, by default the last axis.
 
     Attributes:
         shape: Shape, with None for unknown sizes.

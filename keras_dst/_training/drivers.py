@@ -44,7 +44,8 @@ from keras_dst.surgery import check_model
 
 
 def drivers_of(model) -> list[Driver]:
-    """Return one driver for every method that prunes weights of the model."""
+    """Return the drivers of a model: one driver for every method that prunes weights of the
+    model."""
     found: list[Driver] = []
     groups: dict[LayerMethod, list[SparseMixin | Gate]] = {}
     # If a layer was frozen after the call of `sparsify`, its mask does not change.
@@ -297,8 +298,8 @@ class Driver:
     def reapply_masks(self) -> None:
         """Apply the current masks to the weights again, after a callback assigned other values.
 
-        Only `OptimizerDriver` overrides this method. Sparse layers need no override, because they
-        apply their masks in every forward pass.
+        The override in `OptimizerDriver` masks the weights. Sparse layers apply their masks in
+        every forward pass, so the override in `LayerDriver` only calls `mask_followers`.
         """
 
     def recover(self, batches: int, expected: float) -> None:
@@ -364,8 +365,8 @@ class Driver:
         self.total = total or length
         self._plan(fit, epoch)
         self.write_progress(self.last, self.total or 0)
-        # If training resumes at a later step, the masks of this step were already updated before
-        # the interruption.
+        # If training resumes at a step above 0, the masks are already up to date, because they were
+        # updated before the interruption.
         if self.clock and self.last == 0 and not self.method.learned:
             self.advance(0)
 
@@ -725,9 +726,9 @@ class OptimizerDriver(Driver):
             return
         kept = sum(map(_count, masks))
         if sum(map(_count, nonzero)) <= kept + self.tolerance * self.size:
-            # The assigned weights are as sparse as the masks, but were trained with other masks.
-            # The assigned weights may even be sparser, because the weights that RigL and SET grow
-            # start at 0.
+            # The assigned weights contain enough zeros, but were trained with other masks. Weights
+            # that RigL and SET have just grown are also zero, so the assigned weights may be
+            # sparser than the masks.
             self.masks_assigned = True
             for state, mask in zip(self.states, nonzero):
                 self.optimizer.assign(state["mask"], mask)
@@ -749,6 +750,6 @@ def _count(flags) -> int:
 
 
 def _int(counter) -> int:
-    # `int` fails for a variable with one copy per replica (tf.distribute), but not for the tensor
-    # that the cast returns.
+    # With tf.distribute, a variable has one copy per replica, and `int(counter)` fails. The cast
+    # returns a tensor, which `int` accepts.
     return int(ops.cast(counter, "int32"))

@@ -151,7 +151,8 @@ def _convert_file(
     arrays: list | None,
     custom_objects: dict[str, Any],
 ) -> None:
-    """Load and strip the ``model.keras`` of a folder, and write one ``.tflite`` file per kind."""
+    """Load and strip ``model.keras`` in a folder, and write one ``.tflite`` file per number
+    format."""
     with _names_for_lambdas():
         with _step("load"), keras.saving.custom_object_scope(custom_objects):
             # Turn safe_mode off, because the file was written by this process or its parent

@@ -332,7 +332,7 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
     for graph in model.subgraphs:
         encoded: dict[int, tuple[int, int]] = {}
         for index, tensor in list(enumerate(graph.tensors)):
-            # The converter joins the names of merged ops with semicolons.
+            # If ops were merged, the converter joins their names with semicolons.
             tensor.name = text(tensor.name).split(";")[0]
             if tensor.buffer in found:
                 encoded[index] = _add_constants(model, graph, found[tensor.buffer].values)
@@ -398,8 +398,8 @@ def _decoded_reads(
     Args:
         graph: The graph. The function adds tensors to the graph.
         op: An op of the graph.
-        encoded: Dict from the tensor index of a weight to the indices of two tensors, which contain
-            the bitmap and the nonzero values of the weight.
+        encoded: Dict from the tensor index of each encoded weight to a pair of tensor indices. The
+            pair refers to the bitmap and the nonzero values of the weight.
         free: Tensor indices of the weights that no DECODE op computes yet. The function removes the
             weights that the given op reads from this set.
         code: Op code index of TFLM_DECODE.

@@ -416,7 +416,8 @@ def _values_in_order(inputs: Any, specs: list[InputSpec], structure: Any) -> lis
 def _fitted(value: Any, spec: InputSpec, argument: str) -> np.ndarray | None:
     """Convert a value to an array for one input.
 
-    Like Keras, add or remove a last axis of size 1 if the rank of the array differs by 1.
+    As in Keras, a last axis of size 1 is added or removed if the array has one axis too few or too
+    many.
     """
     if value is None and spec.optional:
         return None

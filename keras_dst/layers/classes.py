@@ -70,7 +70,7 @@ class SparseContainer(_keras.BuildHook):
 
     def build_from_config(self, config):
         super().build_from_config(config)
-        self.apply_recipe()  # Keras may skip `build` when it loads a model.
+        self.apply_recipe()  # When Keras loads a model, it may not call `build`.
 
     def after_build(self):
         self.apply_recipe()

@@ -18,7 +18,8 @@ def obstacle():
 
 
 def run(code, *arguments):
-    """Run Python code on the emulated CPU. If the code fails, raise RuntimeError with stderr."""
+    """Run Python code on the emulated CPU. If the code fails, raise a RuntimeError that contains
+    the output on stderr."""
     (python,) = (_FOLDER / "root" / "usr" / "bin").glob("python3.*")
     done = subprocess.run(
         [
