@@ -133,8 +133,8 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
 
     Args:
         results: Dict that maps each label to a list of pairs `(sparsity, value)`. If several pairs
-            in a list have the same sparsity, for example for several seeds, the mean and the range
-            of their values are drawn.
+            of a list have the same sparsity, for example for several seeds, the plot shows the mean
+            and the range of the values.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
         dense: Value of the dense baseline, drawn as a horizontal line. Defaults to None, which
             draws no line.

@@ -15,9 +15,9 @@ from keras_dst.masks import Layout, masked
 from keras_dst.methods import channels
 from keras_dst.methods.base import Method, UnitMethod
 
-# A variable that is pruned together with channels: the variable, the axis of the channels, and the
-# channel index of each entry along this axis. The channel index is -1 for an entry that is never
-# pruned.
+# Variable that is pruned together with channels, as a tuple: the variable, the axis of the
+# channels, and the channel index of each entry of this axis. The channel index is -1 for an entry
+# that is never pruned.
 Follower = tuple[Any, int, np.ndarray]
 
 

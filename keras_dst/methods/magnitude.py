@@ -66,7 +66,7 @@ class Magnitude(UpdateMethod):
             to 8.
         groups: Layers whose channels are removed together, for `pattern="channel"` and a model with
             its own `call` method. Each group is a list of layers. A layer is given by its name or
-            path, or by a pair of the path of a weight and the axis of its channels. Channels in no
+            path. A pair (path of a weight, axis of its channels) is also accepted. Channels in no
             group are never pruned. Defaults to None, in which case the groups of layers are found
             in the graph of the model.
 
