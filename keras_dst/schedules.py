@@ -219,10 +219,9 @@ class Geometric(Schedule):
     """Schedule whose density falls by the same factor in equal time spans.
 
     Args:
-        rate: Fraction of the kept weights that every jump of the sparsity removes, in (0, 1). Jumps
-            are equally spaced. The last jump of the sparsity is smaller if a full jump would exceed
-            the target. Defaults to None, which means that the density falls smoothly, without
-            jumps.
+        rate: Fraction of the kept weights that are pruned when the sparsity jumps, in (0, 1). Jumps
+            are equally spaced. The last jump is smaller if a full jump would exceed the target
+            sparsity. Defaults to None, which means that the density falls smoothly, without jumps.
 
     Example:
         >>> keras_dst.schedules.Geometric(0.75, end=1.0)(0.5)

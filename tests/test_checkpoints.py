@@ -191,7 +191,8 @@ def test_an_interrupted_save_keeps_the_previous_file(ending, tmp_path, monkeypat
 @every(8)
 @pytest.mark.parametrize("name", ["dst-target", "magnitude"])
 def test_a_model_can_be_saved_after_an_interrupted_fit(name, tmp_path):
-    """An interrupted model can be saved, and `fit` without the callback raises an error."""
+    """After an interrupted `fit`, the model can be saved. Another `fit` without the callback raises
+    an error."""
 
     class Crash(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):

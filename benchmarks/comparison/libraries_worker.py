@@ -227,7 +227,7 @@ def built(tool, method, net, epochs, steps):
 def train(tool, method, seed):
     """Train LeNet-300-100.
 
-    Return the trained model, its test accuracy, and the memory in bytes that the training adds.
+    Return the trained model, its test accuracy, and the additional memory of the training in bytes.
     """
     import keras
 

@@ -62,7 +62,8 @@ class WeightReport:
 
     @property
     def flops(self) -> int | None:
-        """FLOPs of the nonzero entries for one sample, or None if unknown."""
+        """FLOPs for one sample, not counting multiplications by zero, or None if they are
+        unknown."""
         return None if self.use_count is None else 2 * self.nonzeros * self.use_count
 
     @property

@@ -5,10 +5,11 @@ score = |w|^p / (flips + 1)        flips: optimizer steps that changed sign(w)
 grad <- grad + lambda ||grad||_2 / sqrt(n) N(0, 1)        for every tensor, n its size
 ```
 
-Pruned weights stay pruned, and pruning events are equally spaced. Each event ranks all tensors
-together, and removes the fraction `rate` of the kept weights with the lowest scores. The last event
-removes only as many weights as the target requires. The `n` pruning events take place after the
-fractions 1/(n+1), ..., n/(n+1) of training, as in the training runs of the paper.
+Pruned weights stay pruned, and pruning events are equally spaced. Each pruning event ranks the
+weights of all tensors together, and prunes the fraction `rate` of the kept weights with the lowest
+scores. The last event prunes only as many weights as the target requires. The `n` pruning events
+take place after the fractions 1/(n+1), ..., n/(n+1) of training, as in the training runs of the
+paper.
 
 Deviations from the paper: the normal random numbers of the noise are read from a precomputed table
 (`random.normal`). A training run of fewer than 20 epochs prunes in small steps along a cubic ramp.

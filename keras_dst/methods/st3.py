@@ -203,8 +203,7 @@ class ST3(LayerMethod):
 
 
 def _channel_factors(saliency, kept):
-    """Return the rescaling factor of every channel, given the saliencies of the channels that are
-    ranked together.
+    """Return the rescaling factor of every channel in a group of channels that are ranked together.
 
     Soft thresholding subtracts the largest saliency of a pruned channel from the saliency of each
     kept channel. The returned factor combines the soft thresholding with a rescaling that restores
