@@ -107,8 +107,7 @@ class Call:
         )
 
     def view_along(self, axis: int) -> None:
-        """Replace each input tensor of this call by its view with the channels along the given
-        axis."""
+        """Replace each input tensor of the call by its view with the channels along `axis`."""
         inputs = self.inputs
         self.args, self.kwargs = self.map(lambda x: x.along(axis) if _contains(inputs, x) else x)
 

@@ -44,8 +44,7 @@ from keras_dst.surgery import check_model
 
 
 def drivers_of(model) -> list[Driver]:
-    """Return the drivers of a model: one driver for every method that prunes weights of the
-    model."""
+    """Return the drivers of a model: one driver for each method that prunes its weights."""
     found: list[Driver] = []
     groups: dict[LayerMethod, list[SparseMixin | Gate]] = {}
     # If a layer was frozen after the call of `sparsify`, its mask does not change.
