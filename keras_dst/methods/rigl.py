@@ -24,8 +24,25 @@ class RigL(SET):
     """Dynamic sparse training that drops small weights and grows weights with large gradients.
 
     Args:
-        sparsity, allocation, pattern, drop_fraction, stop, stop_step, frequency, min_kept,
-            counted_in, round_to, groups: These arguments have the same meaning as in `SET`.
+        sparsity: Fraction of zeros, a number in [0, 1). The sparsity is constant during training.
+        allocation: Distribution of the sparsity over the layers, see `SET`. Defaults to `"erk"`.
+        pattern: Which weights are pruned together: `"unstructured"`, blocks such as `"1x4"`, or
+            `"channel"`, see `masks.Pattern`. Defaults to `"unstructured"`.
+        drop_fraction: Fraction of the kept weights that the first update replaces, in [0, 1). The
+            fraction decreases to 0 along a cosine curve. Defaults to 0.3.
+        stop: Fraction of training after which the masks do not change. Defaults to None, which
+            means three quarters of training (0.75).
+        stop_step: Step after which the masks do not change, see `SET`. Defaults to None.
+        frequency: Number of training steps from one mask update to the next, or `"epoch"`, see
+            `SET`. Defaults to None, which means 100 steps, or less in a short training run.
+        min_kept: Minimum number of weights or channels that every layer keeps. Defaults to None,
+            which means 1.
+        counted_in: Unit of the sparsity if `pattern="channel"`: `"channels"`, `"parameters"` or
+            `"flops"`. Defaults to `"channels"`.
+        round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
+            `Magnitude`. Defaults to 8.
+        groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to
+            None.
         seed: Seed of the random first mask. Defaults to 0.
 
     Example:
