@@ -55,7 +55,7 @@ def densities(
 ) -> np.ndarray:
     """Return the density of every weight, as float64 in [0, 1].
 
-    The mean density over all entries is `density`, unless the allocation is a dict.
+    Unless the allocation is a dict, these densities keep the fraction `density` of all weights.
 
     Args:
         allocation: `"uniform"` gives all weights the same density. `"erk"` (Erdős-Rényi-Kernel)

@@ -219,15 +219,16 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         followers: Sequence[tuple[Any, int, np.ndarray]] = (),
         model_known: bool = False,
     ) -> None:
-        """Set the axes and the coupled channels of the kernels, which only the model knows.
+        """Set the axes and the coupled channels of the kernels, which are found in the layers of
+        the model.
 
         Args:
             layouts: Axes and channels of all kernels.
             followers: Variables that are pruned together with the channels, such as biases. Each
-                variable is given as a tuple `(variable, axis, index)`. `axis` is the channel axis
-                of the variable. `index[i]` is the channel to which position i along this axis
-                belongs. Entries of the variable that belong to no channel have the index -1.
-                Defaults to no variables.
+                entry is a tuple `(variable, axis, index)`. `axis` is the channel axis of the
+                variable. `index[i]` is the channel to which position i along this axis belongs.
+                Entries of the variable that belong to no channel have the index -1. Defaults to no
+                variables.
             model_known: True if the layers of a model define the layouts. If False, the layouts
                 contain default axes. Defaults to False.
         """
@@ -707,7 +708,8 @@ def remove_masks(model) -> None:
 
 
 def _without_masks_in(value):
-    """Replace the SparseOptimizers in a value by their inner optimizers, and return the value."""
+    """Replace each SparseOptimizer in an attribute value by its inner optimizer, and return the
+    value."""
     if isinstance(value, keras.optimizers.Optimizer):
         return without_masks(value)
     if isinstance(value, (dict, list)):
@@ -725,7 +727,7 @@ def _path_of(variable) -> str:
 
 
 def _suffix_pattern(path: str, paths: list[str]) -> str:
-    """Return a regular expression that matches the end of `path`, but no other path in `paths`."""
+    """Return a regular expression for the end of `path` that matches no other path in `paths`."""
     parts = path.split("/")
     for length in range(2, len(parts)):
         end = "/".join(parts[-length:])

@@ -179,7 +179,8 @@ def test_a_custom_loop_gives_the_channel_masks_of_fit(allocation):
 
 
 def continued_after_loading(model, tmp_path):
-    """Train a model and its saved copy further, check that both are equal, and return the copy."""
+    """Continue to train a model and a loaded copy, check that both models are equal, and return the
+    copy."""
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     for continued in (model, loaded):

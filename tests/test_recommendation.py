@@ -1,4 +1,4 @@
-"""Tests that recommended methods and their measured figures agree with results/."""
+"""Tests that the recommended methods and the quoted figures agree with the runs in results/."""
 
 import json
 import re

@@ -87,7 +87,7 @@ def flipout(case, net, data, seed):
 
 
 def optg_net():
-    """Return a LeNet-5 that consists of the authors' convolutions.
+    """Return a LeNet-5, built from the sparse convolution layers of the authors.
 
     Each dense layer is replaced by a convolution with a kernel as large as its input.
     """

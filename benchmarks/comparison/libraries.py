@@ -48,7 +48,7 @@ def run_tool(tool):
 
 
 def read(net):
-    """Return the stored runs of one network as a dict by tool."""
+    """Return a dict that maps each tool to the stored run of one network."""
     stored = results.runs(BENCHMARK)
     return {tool: stored[f"{net}_{tool}"] for tool in PYTHONS if f"{net}_{tool}" in stored}
 

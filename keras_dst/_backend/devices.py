@@ -107,8 +107,8 @@ def refresh_torch_parameters(model) -> None:
 def on_accelerator(tensor) -> bool:
     """Return whether the operations on a tensor run on a GPU or TPU instead of a CPU.
 
-    On JAX and TensorFlow, a tensor that is being traced has no device yet. For JAX, the function
-    therefore checks the default device, and for TensorFlow, whether a GPU exists.
+    On JAX and TensorFlow, a tensor that is being traced has no device yet. On JAX, the function
+    therefore checks the default device. On TensorFlow, the function checks whether a GPU exists.
     """
     backend = keras.backend.backend()
     if backend == "torch":

@@ -91,7 +91,7 @@ class Scores:
         together: True if all tensors are ranked together, False if each tensor is ranked
             separately.
         count: Number of scores in all tensors.
-        lengths: Number of scores per ranking, an int32 vector.
+        lengths: Int32 vector with the number of scores in each ranking.
         bundles: List with one `Rows` object for each matrix in `scores`.
         scores: List of float32 matrices. Each matrix stores the scores of one bundle of tensors. If
             a tensor does not fill its last row, the row is padded with minus infinity.

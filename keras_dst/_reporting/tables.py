@@ -25,7 +25,7 @@ def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     Args:
         headings: Names of the columns.
-        rows: Lists with the texts of the cells, one list per row.
+        rows: Rows of the table. Each row is a list with the text of every cell.
     """
     rows = list(rows)
     names = [heading.removesuffix(" >") for heading in headings]

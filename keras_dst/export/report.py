@@ -21,7 +21,7 @@ class TensorReport:
 
     Attributes:
         name: Name of the weight tensor.
-        op: Builtin name of the first op that reads the weight.
+        op: TFLite name of the first op that reads the weight, such as ``"CONV_2D"``.
         shape: Shape of the weight in the file.
         density: Fraction of nonzero values.
         encoding: Storage format, such as ``"csr+densify"``.

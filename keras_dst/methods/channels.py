@@ -461,7 +461,7 @@ class Scales(NamedTuple):
     """Scales of the normalization layers that follow the weights, one scale per output unit.
 
     Attributes:
-        variables: Indices of the variables that hold normalization scales.
+        variables: Indices of the optimizer's trained variables that store normalization scales.
         places: For each weight, an integer array that broadcasts to the weight, or None for a
             weight without scales. Each integer is the position of one unit's scale in the
             concatenation of all `variables`.

@@ -247,7 +247,7 @@ class SET(UpdateMethod):
 
 
 def rank_first(masks, scores):
-    """Return float32 scores in which all weights that the masks keep rank above all others.
+    """Return float32 scores that rank all weights kept by the masks above all other weights.
 
     On torch, the results overwrite the scores.
     """

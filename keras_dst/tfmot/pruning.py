@@ -202,7 +202,7 @@ def _layers_to_prune(target, method, policy) -> list:
 
 
 def _inner_layers_to_prune(layer, method) -> list:
-    """Return the layers to prune among a layer and its inner layers."""
+    """Return the layers to prune: the given layer, its inner layers, or some of these layers."""
     inside = _keras.flatten_layers(layer)
     found = prunable_layers([x for x in inside if not _is_frozen(x)], method)
     if not found and any(map(_is_frozen, inside)):

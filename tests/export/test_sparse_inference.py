@@ -126,7 +126,7 @@ def gated(*squeeze):
 
 
 def network(*steps, size=16, channels=3, also=()):
-    """Return a file with a graph to which the functions in ``steps`` have added their ops in order.
+    """Return a file with one graph. The functions in ``steps`` add ops to the graph, in order.
 
     ``also`` contains positions in the list ``steps``. The result of each of these steps is one more
     output of the file.

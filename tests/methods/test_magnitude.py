@@ -156,7 +156,8 @@ def blocks_of(shape, block):
 
 
 def best_blocks(w, block, kept):
-    """Return a mask of the blocks with the largest mean magnitudes, with at most `kept` weights."""
+    """Return a mask that keeps at most `kept` weights, in the blocks with the largest mean
+    magnitudes."""
     owned = [own for _, own in blocks_of(w.shape, block)]
     mask, left = np.zeros(w.shape, bool), kept
     for i in np.argsort([-np.abs(w[own]).mean(dtype="float64") for own in owned], kind="stable"):
