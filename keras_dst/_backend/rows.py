@@ -90,7 +90,7 @@ class Scores:
     Attributes:
         together: True if all tensors are ranked together, False if each tensor is ranked
             separately.
-        count: Number of scores in all tensors.
+        count: Total number of scores in all tensors.
         lengths: Int32 vector with the number of scores in each ranking.
         bundles: List with one `Rows` object for each matrix in `scores`.
         scores: List of float32 matrices. Each matrix stores the scores of one bundle of tensors. If

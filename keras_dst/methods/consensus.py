@@ -252,7 +252,8 @@ class Consensus(UnitMethod):
         return [{"target": 1 - now.sparsity} for _ in weights]
 
     def project(self, weights, states, layouts, kept):
-        """Open or close the gates nearest to the decision boundary, so that the target is met.
+        """Open or close the gates that are nearest to the decision boundary, so that the cost meets
+        the target.
 
         Gates are opened in descending order of pi, until the total cost of all open gates is as
         close as possible to the target. In every layer, the gates with the highest pi are always

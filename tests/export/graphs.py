@@ -53,7 +53,7 @@ class File:
 
 
 class Graph:
-    """Graph of a `File`. The methods of this class take and return the indices of tensors."""
+    """Graph of a `File`. The methods of this class refer to tensors by their indices."""
 
     def __init__(self, file, graph, key):
         self.file, self.graph, self.key = file, graph, key
