@@ -426,8 +426,8 @@ def test_mixed_precision_gives_the_same_sparsity(name, policy):
     kept, removed = train_small_model(name, policy)
     expected, expected_removed = train_small_model(name, "float32")
     if test_contract.METHODS[name][0].learned:
-        # In both training runs, the result may differ from the target by one unit, which has up to
-        # 2 % of the FLOPs.
+        # In both training runs, the result may differ from the target by the FLOPs of one unit. One
+        # unit has up to 2 % of the FLOPs of the model.
         assert removed == pytest.approx(expected_removed, abs=0.04)
     else:
         assert kept == expected

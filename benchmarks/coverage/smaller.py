@@ -304,9 +304,9 @@ def table():
         "## Time of each kind of op, half of the channels",
         "",
         "Each op of the dense file and of the smaller file runs alone, with batch size 1 on one "
-        "thread. The column `share` gives the share of each kind of op in the total time of the "
-        "smaller file. The row `other ops` contains all kinds of ops that take less than 2% of the "
-        "time of both files.",
+        "thread. The column `share` gives the time of each kind of op in the smaller file as a "
+        "share of the time of all ops of this file. The row `other ops` contains all kinds of ops "
+        "that take less than 2% of the time of both files.",
         "",
         "A convolution or a dense layer with half of its inputs and half of its outputs needs "
         "about a quarter of the time. The time of the following ops decreases by less than a "

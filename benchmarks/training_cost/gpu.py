@@ -202,9 +202,9 @@ def data(setting) -> tuple:
 
 
 class TimedNetwork:
-    """Network whose training steps are timed, after two rounds of training with a pruning method.
+    """Network that is trained with a pruning method, to measure the time of its training steps.
 
-    If the method is None, the network is dense.
+    The constructor trains the network for two rounds. If the method is None, the network is dense.
 
     Attributes:
         turn: Function that trains the network for one round. It returns the total time of the timed

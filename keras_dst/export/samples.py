@@ -338,7 +338,9 @@ def _count(model: keras.Model) -> int | None:
 
 
 def _split(batch: Any, count: int | None, argument: str) -> tuple[Any, Any]:
-    """Return the inputs and the labels of a batch x, (x,), (x, y) or (x, y, sample_weight).
+    """Return the inputs and the labels of a batch.
+
+    A batch has one of the forms `x`, `(x,)`, `(x, y)` and `(x, y, sample_weight)`.
 
     For a model with several inputs, a sequence with one array per input is a batch of inputs
     without labels, as in TensorFlow's converter. Sample weights are ignored, as in the `metrics` of

@@ -690,7 +690,7 @@ class UnitMethod(LayerMethod):
         return w * self.gate(state, layout)
 
     def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
-        """Return the boolean mask of one weight, which is true in all entries of open units."""
+        """Return the boolean mask of a weight. An entry is true if the gate of its unit is open."""
         return ops.broadcast_to(self.gate(state, layout) > 0, w.shape)
 
     def bind_layers(
