@@ -147,21 +147,13 @@ class Docstrings(griffe.Extension):
 
         * Rename `Example:` to `Examples:`, the name that griffe supports.
         * Replace `Call arguments:`, which griffe does not support, by a list.
-        * Split an entry that describes several arguments. If an entry has several names, griffe
-          does not find the types and the default values.
         """
         if obj.docstring:
             text = obj.docstring.value
             text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
-            text = re.sub(r"^Call arguments:\n( {4}.*\n)+", _list, text, flags=re.MULTILINE)
-            entry = r"^    ([*\w]+(?:,\s+[*\w]+)+): (.*?)(?=^ {0,4}\S|^$|\Z)"
-            obj.docstring.value = re.sub(entry, _entries, text, flags=re.DOTALL | re.MULTILINE)
-
-
-def _entries(found) -> str:
-    """Split a docstring entry for several arguments into one entry per argument."""
-    description = found[2].rstrip("\n")
-    return "".join(f"    {name}: {description}\n" for name in re.split(r",\s+", found[1]))
+            obj.docstring.value = re.sub(
+                r"^Call arguments:\n( {4}.*\n)+", _list, text, flags=re.MULTILINE
+            )
 
 
 def _list(section) -> str:
