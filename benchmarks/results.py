@@ -15,11 +15,13 @@ import os
 import pathlib
 import platform
 import statistics
+from collections.abc import Iterable, Sequence
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-TITLES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}  # of backends in headings
 NOTES = pathlib.Path(__file__).parent / "notes"
+# Names of the backends in headings.
+TITLES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 
 
 def runs(benchmark: str) -> dict[str, dict]:
@@ -75,17 +77,22 @@ def write_index(benchmark: str, lines: list[str]) -> None:
     print(path.read_text())
 
 
+def table(headings: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return the lines of a Markdown table. Each row contains one cell per heading."""
+    rule = "|" + "---|" * len(headings)
+    first, *others = (f"| {' | '.join(row)} |" for row in (headings, *rows))
+    return [first, rule, *others]
+
+
 def columns(cells_of: dict[str, dict[str, str]]) -> list[str]:
     """Return the lines of a Markdown table with a row per method.
 
     `cells_of[column][method]` is the text of a cell.
     """
     headings = [TITLES.get(name, name) for name in cells_of]
-    lines = [f"| method | {' | '.join(headings)} |", "|---|" + "---|" * len(cells_of)]
-    for name in dict.fromkeys(name for cells in cells_of.values() for name in cells):
-        cells = [cells.get(name, "") for cells in cells_of.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    methods = dict.fromkeys(name for cells in cells_of.values() for name in cells)
+    rows = ([name, *(cells.get(name, "") for cells in cells_of.values())] for name in methods)
+    return table(["method", *headings], rows)
 
 
 def environment() -> dict:

@@ -131,7 +131,9 @@ def table():
         found.setdefault((run["net"], run["epochs"]), []).append(run["methods"])
     for (net, epochs), seeds in found.items():
         lines += ["", f"## {net}, {epochs} epochs, seeds: {len(seeds)}", ""]
-        heads = [*BACKENDS, "sparsity", *(f"{a}, {b}" for a, b in PAIRS)]
+        titles = results.TITLES
+        pairs = (f"{titles[a]}, {titles[b]}" for a, b in PAIRS)
+        heads = [*(titles[b] for b in BACKENDS), "sparsity", *pairs]
         lines += [f"| method | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
         for method in seeds[0]:
             runs = [seed[method] for seed in seeds]

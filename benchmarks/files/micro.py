@@ -259,38 +259,25 @@ def table():
             f"The network ({first['parameters']:,} parameters) is trained for {net.epochs} epochs "
             f"on {first['trained_on']:,} samples and tested on {first['tested_on']:,} samples.",
         ]
-        files, ratios, npus = {}, {}, {}
+        files, ratios, npus = [], [], []
         for variant, run in runs.items():
             title = f"{variant} %" if variant.isdigit() else variant.replace("90,", "90 %,")
-            files[title] = {
-                "zeros": f"{100 * run['sparsity']:.1f}",
-                "float": f"{100 * run['float_accuracy']:.2f}",
-                "int8": f"{100 * run['int8_accuracy']:.2f}",
-                "bytes": f"{run['bytes']:,}",
-                "arena": f"{run['tflm']['dense_arena']:,}",
-            }
-            ratios[title] = _three_digits(file_ratios(run, runs["dense"]))
-            of_npus = _three_digits(npu_ratios(run, runs["dense"]))
+            accuracies = [f"{100 * run[f'{kind}_accuracy']:.2f}" for kind in ("float", "int8")]
+            sizes = [f"{run['bytes']:,}", f"{run['tflm']['dense_arena']:,}"]
+            files.append([title, f"{100 * run['sparsity']:.1f}", *accuracies, *sizes])
+            of_files = file_ratios(run, runs["dense"])
+            ratios.append([title, *(f"{ratio:.3f}" for ratio in of_files.values())])
+            of_npus = npu_ratios(run, runs["dense"])
             for npu in dict.fromkeys(name.split()[0] for name in of_npus):
-                npus[f"{title} | {npu}"] = {
-                    "encoded weights": of_npus[f"{npu} weights"],
-                    "cycles": of_npus[f"{npu} cycles"],
-                    "NPU cycles": of_npus[f"{npu} NPU cycles"],
-                }
-        lines += [*_markdown(files), *_markdown(ratios), *_markdown(npus, "weights | NPU")]
+                estimates = (of_npus[f"{npu} {key}"] for key in ("weights", "cycles", "NPU cycles"))
+                npus.append([title, npu, *(f"{ratio:.3f}" for ratio in estimates)])
+        for headings, rows in (
+            (["zeros", "float", "int8", "bytes", "arena"], files),
+            (of_files, ratios),
+            (["NPU", "encoded weights", "cycles", "NPU cycles"], npus),
+        ):
+            lines += ["", *results.table(["weights", *headings], rows)]
     results.write_index(BENCHMARK, [*lines, *bars(stored)])
-
-
-def _three_digits(ratios):
-    return {name: f"{ratio:.3f}" for name, ratio in ratios.items()}
-
-
-def _markdown(rows, titles="weights"):
-    """Return the lines of a Markdown table with one row per entry of `rows`."""
-    lines = [" | ".join([title, *row.values()]) for title, row in rows.items()]
-    heading = " | ".join([titles, *next(iter(rows.values()))])
-    rule = "|---|" + "---|" * heading.count("|")
-    return ["", f"| {heading} |", rule, *(f"| {line} |" for line in lines)]
 
 
 def bars(stored):

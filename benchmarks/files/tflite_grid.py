@@ -213,18 +213,13 @@ def _exported(result) -> list[str]:
         [name, f"{sparsity:.1%}", f"{100 * accuracy:.1f}", *cells]
         for name, sparsity, accuracy, cells in rows
     ]
-    return _lines(["file", "zeros", "accuracy", *(head for head, *_ in EXPORTED)], rows)
+    return results.table(["file", "zeros", "accuracy", *(head for head, *_ in EXPORTED)], rows)
 
 
 def _converted(result) -> list[str]:
     """Return the table of the files that TensorFlow's converter writes."""
     rows = [[name, *_relative(cell["files"], CONVERTED)] for name, cell in result["cells"].items()]
-    return _lines(["TensorFlow's converter", *(head for head, *_ in CONVERTED)], rows)
-
-
-def _lines(heads, rows) -> list[str]:
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
+    return results.table(["TensorFlow's converter", *(head for head, *_ in CONVERTED)], rows)
 
 
 def _absolute(file, key) -> str:

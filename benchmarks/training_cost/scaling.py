@@ -212,12 +212,12 @@ def table():
 
 def _rows(heading, sizes, costs, digits, unit="") -> list[str]:
     """Return the lines of a table with a row per size, and with the slopes in the last row."""
-    lines = ["", f"| {heading} | {' | '.join(costs[0])} |", "|---|" + "---|" * len(costs[0])]
-    for size, cost in zip(sizes, costs):
-        cells = [f"{value:{digits}}{unit}" for value in cost.values()]
-        lines.append(f"| {size:,} | {' | '.join(cells)} |")
+    rows = [
+        [f"{size:,}", *(f"{value:{digits}}{unit}" for value in cost.values())]
+        for size, cost in zip(sizes, costs)
+    ]
     slopes = [f"{slope(sizes, [cost[name] for cost in costs]):.2f}" for name in costs[0]]
-    return [*lines, f"| slope | {' | '.join(slopes)} |"]
+    return ["", *results.table([heading, *costs[0]], [*rows, ["slope", *slopes]])]
 
 
 def main():
