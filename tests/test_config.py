@@ -224,17 +224,17 @@ def test_equal_objects_have_equal_hashes(one, other):
 
 
 def documented_defaults():
-    """Yield the class, the argument and the value of each "Defaults to X" in public docstrings."""
+    """Yield the class, the argument and the default value for each "Defaults to" in docstrings of
+    public classes."""
     for module in (keras_dst.methods, keras_dst.schedules, keras_dst.regularizers):
         for cls in vars(module).values():
             if not inspect.isclass(cls) or not cls.__module__.startswith(module.__name__):
                 continue
             text = inspect.getdoc(cls).partition("Args:")[2].partition("\n\n")[0]
             for entry in re.split(r"\n(?=    \w)", text):
-                names, _, rest = entry.strip().partition(":")
+                name, _, rest = entry.strip().partition(":")
                 if found := re.search(r"Defaults\s+to\s+`?([^\s`,:;()]+)", rest):
-                    for name in names.split(", "):
-                        yield cls, name, eval(found[1].rstrip("."), {"__builtins__": {}})
+                    yield cls, name, eval(found[1].rstrip("."), {"__builtins__": {}})
 
 
 def test_defaults_are_documented():

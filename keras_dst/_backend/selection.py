@@ -110,9 +110,10 @@ def _peaks(scores: Scores):
 
 
 def _is_finite(scores: Scores, low, above, between):
-    """Return, for each ranking, whether its lower bound or all its scores are finite.
+    """Return one boolean per ranking: True if the lower bound or all scores of the ranking are
+    finite.
 
-    A score of minus infinity would be tied with the smallest finite score.
+    If neither is finite, a score of minus infinity would be tied with the smallest finite score.
     """
     return (low >= -LARGEST) | ops.equal(above + between.counts, scores.lengths)
 

@@ -551,8 +551,8 @@ class KernelLayer(ChannelHandler):
         """Return the index of a constant input channel that replaces the removed constant channels.
 
         If the layer pads with zeros, a bias cannot replace the removed channels. The kernel entries
-        for the returned channel are changed instead, so that the outputs stay the same. The result
-        is None if the bias replaces the removed channels, or if the removed channels are zero.
+        for the returned channel are changed instead, so that the outputs stay the same. Return None
+        if a bias can replace the removed channels, or if the removed channels are 0.
         """
         kept, constant = ~removed[self.x.ids], self._removed_constants(removed)
         if not self.pads_with_zeros or not constant.any():

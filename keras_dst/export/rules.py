@@ -1,8 +1,8 @@
 """Rules of `lint`. Each rule checks one graph of a file and yields its findings.
 
 The rules are based on measurements with LiteRT 2.3 and on the source code of XNNPACK. A finding has
-the level "error" if LiteRT computes wrong results or refuses the file. LiteRT usually shows no
-error message when it computes wrong results.
+the level "error" if LiteRT refuses the file, or computes wrong results. In most cases, LiteRT
+computes wrong results without an error message.
 """
 
 from __future__ import annotations
