@@ -17,7 +17,7 @@ def on_files(files, config):
     """Add the pages outside docs/ to the site: results, notebooks, changelog, contributing."""
     for path in [*sorted(ROOT.glob("results/*/index.md")), *sorted(ROOT.glob("C*.md"))]:
         name = path.relative_to(ROOT).as_posix()
-        kind = InclusionLevel.NOT_IN_NAV  # MkDocs does not expect these pages in the menu.
+        kind = InclusionLevel.NOT_IN_NAV  # no warning that the menu lacks the page
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=kind))
     for path in sorted(ROOT.glob("notebooks/*.ipynb")):
         page, pictures = notebook(path)
@@ -28,7 +28,7 @@ def on_files(files, config):
 
 
 def notebook(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:
-    """Return a notebook as a Markdown page, and a dict from paths in the site to pictures."""
+    """Return a notebook as a Markdown page, and its pictures as a dict from path to content."""
     parts, pictures = [], {}
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -39,7 +39,7 @@ def notebook(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:
             elif "image/png" in output["data"]:
                 name = f"{path.stem}_{len(pictures)}.png"
                 pictures[f"notebooks/{name}"] = base64.b64decode(output["data"]["image/png"])
-                # A tap on the picture shows the picture alone, which a phone can enlarge.
+                # Link each picture to its file, so that the user of a phone can open and zoom it.
                 parts.append(f"[![Picture that the code above draws]({name})]({name})")
     return "\n\n".join(parts) + "\n", pictures
 
@@ -140,7 +140,7 @@ def figures(method: str, page: str) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """An extension that adapts docstrings in the style of Keras to griffe."""
+    """Extension that lets the docstring parser griffe read docstrings in Keras style."""
 
     def on_object(self, *, obj, **kwargs):
         """Change the docstring of an object so that griffe can parse it.

@@ -169,7 +169,7 @@ def table() -> list[str]:
         "If the channels of each layer are ranked separately, fewer channels can be removed, "
         "because layers whose outputs are added keep different channels. The column `odd widths` "
         "counts the layers whose number of channels is no longer a multiple of 8 after `shrink`. "
-        "The column `odd widths` does not count layers with fewer than 16 channels. The column "
+        "Layers with fewer than 16 channels are not counted in `odd widths`. The column "
         "`difference` is the largest difference between the outputs of the stripped model and "
         "the outputs of the smaller model. For comparison, Torch-Pruning 1.6.1 removes half of "
         "the channels of the same networks in PyTorch. Torch-Pruning ranks groups of channels by "
