@@ -96,8 +96,8 @@ def _erk(shapes, density):
     raw = np.array([sum(s) for s in shapes], "float64") / sizes
     full = np.zeros(len(sizes), bool)
     while True:
-        # Weight tensors whose density would exceed 1 stay dense. `budget` is the number of entries
-        # that the other weight tensors keep together.
+        # Weight tensors whose density would exceed 1 stay dense. `budget` is the total number of
+        # entries to keep in the weight tensors that are not dense.
         budget = density * sizes.sum() - sizes[full].sum()
         result = np.where(full, 1.0, 0.0)
         if not full.all():
@@ -200,9 +200,9 @@ def equal_drop(
     Every weight tensor is pruned until the metric drops by the same amount. This drop of the metric
     is chosen so that the total sparsity meets the target. Between two measured sparsities, the drop
     of the metric is interpolated linearly. Before the search, each negative drop of the metric is
-    set to zero. At every sparsity, the drop of a weight tensor is then replaced by its largest drop
-    at the same or a lower sparsity. If several choices of sparsities have the same largest drop of
-    the metric, the function returns the most even sparsities.
+    set to zero. Each drop is then replaced by the largest drop that the same weight tensor has at
+    an equal or lower sparsity. If several sets of sparsities have the same largest drop of the
+    metric, the function returns the set whose sparsities differ least.
 
     Args:
         sparsities: Sparsities at which the drops of the metric were measured, increasing from 0.
@@ -236,7 +236,7 @@ def equal_drop(
     # Add a small slope, so that every curve is strictly increasing and therefore invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
     # The sparsity of each weight tensor is a piecewise linear function of the drop of the metric.
-    # The corners of this function are at the drops in `common`.
+    # The slope of this function changes only at the drops in `common`.
     common = np.unique(drops)
     shares = np.array([np.interp(common, curve, grid) for curve in drops])
     return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

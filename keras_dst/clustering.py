@@ -5,18 +5,19 @@ w_i = s_i c_{l_i}        l_i = argmin_k |w_i / s_i - c_k|        s_i = max |w| o
 ```
 
 One-dimensional k-means finds the values c_k. After pruning, no nonzero weights are close to zero.
-k-means therefore starts with values that are evenly spaced outside this gap around zero. Deviations
-from the paper:
+The initial values of k-means are evenly spaced, but none is in the gap that pruning leaves around
+zero. Deviations from the paper:
 
 * The values c_k are relative to s, the largest magnitude in each output channel. The values -1 and
-  1 do not change. Int8 quantization also divides the weights of each output channel by s. All
-  weights of a cluster therefore become the same int8 number.
+  1 do not change. Int8 quantization also divides the weights of each output channel by their
+  largest magnitude. All weights of a cluster therefore become the same int8 number.
 * Zero is always one of the values, and its cluster contains exactly the weights that are zero.
   Clustering therefore does not change the sparsity.
 * During fine-tuning, the optimizer updates each weight individually, so the weights of a cluster
-  become different. After each step, c_k therefore becomes the mean of w / s over all weights of
-  cluster k. In the paper, the sum of the gradients of the weights in cluster k updates c_k. Both
-  kinds of updates, by the mean and by the gradients, move c_k in the same direction.
+  become different. After each step, the callback `KeepClusters` therefore sets c_k to the mean of w
+  / s over all weights of cluster k. In the paper, the sum of the gradients of the weights in
+  cluster k updates c_k. The update by the mean and the update by the gradients move c_k in the same
+  direction.
 """
 
 from __future__ import annotations
@@ -219,8 +220,8 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     starts = np.flatnonzero(np.diff(numbers, prepend=-2) > _EQUAL)
     if len(starts) <= clusters:
         return _with_fixed_ends(_means(numbers, starts), numbers)
-    # After pruning, no nonzero weights are close to zero. Place no initial center in this gap
-    # around zero.
+    # After pruning, no nonzero weights are close to zero. Place no initial center in the gap that
+    # pruning leaves around zero.
     split = np.searchsorted(numbers, 0)
     low, high = numbers[split - 1 : split + 1] if 0 < split < len(numbers) else (0.0, 0.0)
     values = np.linspace(numbers[0], numbers[-1] - (high - low), clusters)
@@ -248,15 +249,15 @@ def _means(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def _with_fixed_ends(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return `values` with exact ends. The first value becomes -1 if `numbers` begins with -1, and
-    the last value becomes 1 if `numbers` ends with 1."""
+    """Return `values` without rounding errors in its first and last entry. The first value becomes
+    -1 if `numbers` begins with -1, and the last value becomes 1 if `numbers` ends with 1."""
     first = -1 if numbers[0] == -1 else values[0]
     last = 1 if numbers[-1] == 1 else values[-1]
     return np.concatenate([[first], values[1:-1], [last]]) if len(values) > 1 else values
 
 
 def _nearest(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return, for each number, the index of the nearest value."""
+    """Return the index of the nearest entry of `values` for each entry of `numbers`."""
     return np.searchsorted((values[1:] + values[:-1]) / 2, numbers, side="right")
 
 

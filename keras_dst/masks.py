@@ -124,7 +124,8 @@ def ones(mask: Tensor, dtype) -> Tensor:
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
     # torch passes the forward arguments to a gradient function by position, and the upstream
-    # gradient by keyword. TensorFlow and JAX pass only the upstream gradient, by position.
+    # gradient by keyword. TensorFlow and JAX pass only the upstream gradient, as a positional
+    # argument.
     return args[-1] if upstream is None else upstream
 
 
@@ -225,10 +226,10 @@ def _limit_pruned(gradient, kept, largest):
     Args:
         gradient: Gradient of the masked weight.
         kept: Gradient, in which all pruned entries are 0.
-        largest: Number, as a float32 tensor.
+        largest: Largest allowed magnitude of a pruned entry, as a float32 tensor.
     """
     largest = ops.cast(largest, gradient.dtype)
-    # Kept entries of this difference are 0. On torch, `+=` overwrites the tensor `pruned`.
+    # `gradient - kept` is 0 in all kept entries. On torch, `+=` overwrites the tensor `pruned`.
     pruned = numbers.at_least(numbers.at_most(gradient - kept, largest), -largest)
     pruned += kept
     return pruned
@@ -329,7 +330,7 @@ class Pattern:
     tfmot.
 
     Args:
-        name: Name of the pattern, as in the table.
+        name: Name of the pattern: a name from the table, such as `"1x4"`.
 
     Raises:
         ValueError: If no pattern has the given name.
@@ -403,7 +404,8 @@ class Pattern:
 
 def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> np.ndarray:
     if max(block, default=1) == 1:
-        # Every block has one weight. A broadcast array of ones needs the memory of a single number.
+        # Every block is a single weight. A broadcast array of ones needs the memory of a single
+        # number.
         return np.broadcast_to(np.int32(1), shape)
     sizes = np.ones([1] * len(shape), "int32")
     for axis, (n, b) in enumerate(zip(shape, block)):

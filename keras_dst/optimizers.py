@@ -89,8 +89,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.kernel_indices: list[int] = []
         self.kernel_names: list[str] = []
         self.states: list[State] = []
-        # The layouts first contain default axes. Later, SparseTraining sets the axes that the
-        # layers define.
+        # At first, the axes in the layouts are defaults. Later, SparseTraining sets the axes that
+        # the layers define.
         self.layouts: list[Layout] = []
         # One tuple per bias or normalization scale of coupled channels: the index of the variable,
         # its channel axis, and the channels along this axis.
@@ -219,18 +219,16 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         followers: Sequence[tuple[Any, int, np.ndarray]] = (),
         model_known: bool = False,
     ) -> None:
-        """Set the axes and the coupled channels of the kernels, which are found in the layers of
-        the model.
+        """Set the axes and the coupled channels of all kernels.
 
         Args:
             layouts: Axes and channels of all kernels.
-            followers: Variables that are pruned together with the channels, such as biases. Each
-                entry is a tuple `(variable, axis, index)`. `axis` is the channel axis of the
-                variable. `index[i]` is the channel to which position i along this axis belongs.
-                Entries of the variable that belong to no channel have the index -1. Defaults to no
-                variables.
-            model_known: True if the layers of a model define the layouts. If False, the layouts
-                contain default axes. Defaults to False.
+            followers: Variables that are pruned together with the channels, such as biases, as
+                tuples `(variable, axis, index)`. `axis` is the channel axis of the variable.
+                `index[i]` is the channel to which position i along this axis belongs. Entries of
+                the variable that belong to no channel have the index -1. Defaults to no variables.
+            model_known: True if `layouts` were read from the layers of a model, and False if
+                `layouts` contain default axes. Defaults to False.
         """
         self.layouts = layouts
         self._model_known = model_known
@@ -343,7 +341,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             carry, [ops.convert_to_tensor(k) for k in kernels], states
         )
         for (_, kernel, state), value, change in zip(pruned, weights, changes):
-            # Assign the states first, because on torch they may be views of the kernel.
+            # Assign the states before the kernel. On torch, their new values may be views of the
+            # kernel.
             for name, new in change.items():
                 self.assign(state[name], new)
             self.assign(kernel, value)
@@ -433,7 +432,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         _, _, layouts, names = self.trained()
         if method.schedule is None or not names:
             return
-        if names != self._planned:  # Layers were frozen or unfrozen since the last step.
+        if names != self._planned:  # Layers have been frozen or unfrozen since the last step.
             self._plan_updates()
         timetable = self._known_timetable()
         step = ops.convert_to_tensor(self.step)
@@ -633,7 +632,7 @@ class _Timetable:
         self.clock, self.steps, self.targets, self.kept = clock, steps, targets, kept
 
     def look_up(self, step):
-        """Return whether a mask update is due at a step, and its index in `targets` and `kept`.
+        """Return whether a mask update is due at a step, and the index of this update in `steps`.
 
         Both returned values are tensors.
         """
@@ -651,7 +650,7 @@ def sparse_optimizers(optimizer) -> list[SparseOptimizer]:
 
 
 def leaf_optimizers(optimizer) -> list:
-    """Return the optimizers inside an optimizer that do not wrap another optimizer."""
+    """Return the innermost optimizers of an optimizer: those that wrap no other optimizer."""
     return [
         found for found in _keras.all_optimizers(optimizer) if not _keras.inner_optimizers(found)
     ]
@@ -664,7 +663,7 @@ def averages_weights(optimizer) -> bool:
 
 
 def optimizers_of(model) -> list:
-    """Return the outermost optimizers of a model, in `model.optimizer` and other attributes.
+    """Return the optimizers in the attributes of a model, but not the optimizers that they wrap.
 
     A model with its own `train_step` may hold optimizers in attributes, lists and dicts.
     """

@@ -4,8 +4,8 @@ Recommendations are based on measured figures in the folder results/, which is n
 the package. This module therefore contains copies of the measured figures. A test compares these
 copies with the files in results/. `Figure.method` names the pruning method with the highest mean
 accuracy. If Magnitude is nearly as accurate, `Figure.method` names Magnitude, which has the lowest
-training cost. Nearly as accurate means that its mean accuracy is lower by at most the sum of the
-two standard deviations.
+training cost. Magnitude counts as nearly as accurate if its mean accuracy is lower by at most the
+sum of both standard deviations.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ FIGURES = (
 )
 
 #: Costs of the network `_WIDE_RESNET8` on edge devices, relative to the dense int8 file, from
-# results/micro. The keys of the dict are export targets. The keys of each nested dict are
-# sparsities in percent, or patterns. For an NPU, the two numbers are the relative size of the
-# weights and the relative number of cycles, both estimated by Vela. For `micro` (TFLM), the two
-# numbers are the relative size of the file and the relative size of the tensor arena.
+# results/micro. The keys of the dict are export targets. In each nested dict, a key is a sparsity
+# in percent or a pattern, and a value is a pair of relative costs. For an NPU, Vela estimated the
+# costs: the size of the weights and the number of cycles. For `micro` (TFLM), the costs are the
+# size of the file and the size of the tensor arena.
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     "micro": {"80": (0.338, 4.897), "90": (0.247, 4.897), "95": (0.202, 4.897)},
     "ethos-u55-128": {

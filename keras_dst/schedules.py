@@ -252,8 +252,8 @@ class Geometric(Schedule):
             return progress
         if self.rate is None:
             return (1.0 - left**progress) / (1.0 - left)
-        # The jumps are equally spaced. The last jump of the sparsity is at the end of the schedule,
-        # and no jump is at its beginning.
+        # The jumps of the sparsity are equally spaced. The last jump is at the end of the schedule,
+        # and no jump is at the beginning of the schedule.
         done = np.floor(progress * self.jump_count + 1e-9)
         density = np.where(done < self.jump_count, (1.0 - self.rate) ** done, left)
         return (1.0 - density) / (1.0 - left)
@@ -339,8 +339,8 @@ def check_sparsity(value, name: str = "sparsity", alternative: str = "") -> None
     Args:
         value: Argument to check. Booleans are not accepted.
         name: Name of the argument for the error message.
-        alternative: Text about other allowed values, which is added to the error message. By
-            default, no text is added.
+        alternative: Text about other allowed values, which is added to the error message. Defaults
+            to an empty text.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(

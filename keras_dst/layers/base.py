@@ -23,7 +23,8 @@ else:
 
 
 class SparseWeight:
-    """Attribute of a sparse layer: reading returns the masked tensor, writing stores the variable.
+    """Attribute of a sparse layer that returns the masked tensor when it is read, and stores the
+    variable when it is assigned.
 
     The variable is stored under the name of the attribute with a leading underscore. Keras's Dense,
     Conv, EinsumDense and Embedding layers store their weights under such a name, too.
@@ -159,7 +160,7 @@ class SparseMixin(_keras.BuildHook):
 
     @classmethod
     def sparse_weights(cls) -> list[SparseWeight]:
-        """Return the attributes of the class whose weights can have a mask."""
+        """Return the class attributes that define weights which can have a mask, without biases."""
         return [w for w in cls._masked_attributes() if not isinstance(w, SparseBias)]
 
     @classmethod

@@ -94,8 +94,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the variables in this dict again, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # With one gate per channel, the layout has one output unit per channel. `Consensus` keeps
-        # at least one output unit open. The layout of a branch gate has no output units, so
+        # The layout of channel gates has one output unit per channel, and `Consensus` keeps at
+        # least one output unit open. The layout of a branch gate has no output units, so
         # `Consensus` may close the gate.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
@@ -176,8 +176,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         return self.method.is_open(self.sparse_state["gate"], self._layout)
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
-        """Yield a tuple `(layout, variable, state)` for the gates, like `masked_weights` of sparse
-        layers."""
+        """Yield the layout, the variable and the state of the gates, as `masked_weights` of a
+        sparse layer does."""
         for state in self.sparse_state.values():
             yield self._layout, state["mean" if self.dependent else "logit"], state
 

@@ -11,7 +11,7 @@ TwoPathMethod    in the forward pass, which runs with and without the mask (DCIL
 UnitMethod       in the forward pass, on whole output units and their biases (Consensus)
 ```
 
-The functions of a pruning method have three kinds of callers. Sparse layers call `build` when their
+Three kinds of objects call the functions of a pruning method. Sparse layers call `build` when their
 variables are created, and `apply` in the forward pass. `SparseOptimizer` calls `init`, `before`,
 `perturb` and `after` in every step. The training callback, such as `SparseTraining`, calls `update`
 at every mask update. If the method learns its sparsity, the callback also calls `project` at the
@@ -96,9 +96,9 @@ class Method(Configurable):
         learned: True if training determines the sparsity, and False if a ranking determines the
             sparsity. If True, the method must define `project`, and `update` receives the target
             sparsity of the next update.
-        exact_from: A fraction of the training run, for methods with `learned = True`. After this
-            fraction, every mask update calls `project` if the schedule has reached its final
-            target. The default of 1 means that `project` is called only after the last step.
+        exact_from: Fraction of training after which every mask update calls `project`. The method
+            must have `learned = True`, and the schedule must have reached its final target. The
+            default of 1 means that `project` is called only after the last step.
         couples_channels: True if a method with `learned = True` prunes a channel in all layers that
             compute the channel, and False if it prunes each layer separately.
         target_quantity: Name of the quantity that has a target, such as `"sparsity"`. Warnings use
@@ -179,8 +179,8 @@ class Method(Configurable):
             states: One dict per weight, with the mask and other tensors that the method stores for
                 the weight.
             layouts: Input and output axes of each weight.
-            kept: Number of weights to keep, as an int32 vector. A vector with one entry holds the
-                total over all weight tensors. A longer vector holds one number per weight tensor.
+            kept: Number of weights to keep, as an int32 vector. The vector has either one entry per
+                weight tensor, or a single entry: the total over all weight tensors.
             now: Step, training progress and target sparsity of the mask update.
         """
         new = self.rank(self.scores(weights, states), layouts, kept)
@@ -292,14 +292,15 @@ class Method(Configurable):
                 for s, layout in zip(scores, layouts)
             ]
         shapes = [tuple(s.shape) for s in scores]
-        together = kept.shape[0] == 1  # One entry is a total over all weight tensors.
+        together = kept.shape[0] == 1  # A single entry of `kept` is the total of all tensors.
         sizes = None
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
         # `kept` is a number of weights, but the minimums in `floors` are numbers of groups, such as
-        # blocks. Groups can differ in size. To reach the minimum with every choice of groups,
-        # `kept` must be at least the minimum times the size of the largest group.
+        # blocks. Groups can differ in size. Even if the ranking selects only the largest groups,
+        # `kept` must allow the minimum number of groups. `kept` is therefore at least the minimum
+        # times the size of the largest group.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = numbers.at_least(kept, int(least.sum()))[0] if together else ops.maximum(kept, least)
@@ -410,8 +411,8 @@ def length_factor(total: Tensor) -> Tensor:
     Methods multiply these settings by the factor.
 
     Args:
-        total: Number of steps in the training run, or 0 if the number is unknown. For 0, this
-            function returns 1.
+        total: Number of steps in the training run, or 0 if the number is unknown. If `total` is 0,
+            this function returns 1.
     """
     steps = ops.cast(total, "float32")
     return numbers.where(steps > 0, numbers.clip(steps / _LONG, 0.1, 1.0), 1.0)
@@ -447,8 +448,8 @@ class LayerMethod(Method):
 
     Attributes:
         undecayed: Names of the trainable states to which the optimizer applies no weight decay.
-        snapshots: States that are copies of other states. `{"a": "b"}` means that the method stores
-            a copy of the state `"b"` in the state `"a"` after every mask update.
+        snapshots: Dict that names the states which are copies of other states. With `{"a": "b"}`,
+            the state `"a"` becomes a copy of the state `"b"` after every mask update.
     """
 
     undecayed: tuple[str, ...] = ()
@@ -483,7 +484,8 @@ class LayerMethod(Method):
 
         Args:
             layer: Sparse layer that owns the weight. `layer.add_weight` creates the variables.
-            name: Name of the weight in the layer. Begin the names of new variables with this name.
+            name: Name of the weight in the layer. Use `name` as the prefix of the names of new
+                variables.
             variable: Keras variable of the weight.
             layout: Input and output axes of the weight.
         """
@@ -690,7 +692,8 @@ class UnitMethod(LayerMethod):
         return w * self.gate(state, layout)
 
     def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
-        """Return the boolean mask of a weight. An entry is true if the gate of its unit is open."""
+        """Return the boolean mask of a weight. The mask is True for all weights of a unit whose
+        gate is open."""
         return ops.broadcast_to(self.gate(state, layout) > 0, w.shape)
 
     def bind_layers(
@@ -746,8 +749,8 @@ class UpdateMethod(Method):
             before the method reads them. A method that only masks the gradients sets
             `reads_gradients` to False.
         reads_scales: True if `scores` needs the scales of normalization layers. If True, the state
-            of a weight contains `"scale"`, which holds the scales of the normalization layer after
-            the weight. The shape of `"scale"` broadcasts to the weight.
+            of a weight has an entry `"scale"` with the scales of the normalization layer that
+            follows the weight. The shape of `"scale"` broadcasts to the weight.
     """
 
     moves_weights = False

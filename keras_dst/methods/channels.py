@@ -184,7 +184,8 @@ def checked_names(groups: ChannelNames | None) -> list[list] | None:
 
 
 def groups_of(layouts: Sequence[Layout]) -> ChannelGroups | None:
-    """Return the groups of coupled channels in the layouts, or None without coupled channels."""
+    """Return the groups of coupled channels to which `layouts` refer, or None without such
+    groups."""
     return next((layout.channels.groups for layout in layouts if layout.channels), None)
 
 
@@ -245,8 +246,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         low, high = (middle, high) if share(rounded(middle)) <= target else (low, middle)
     counts, more = rounded(low), rounded(high)
     # Round the channel counts by the largest-remainder method, beginning with the group that has
-    # the largest remainder. A group keeps its larger channel count (at the density `high`) if the
-    # model then comes closer to the target.
+    # the largest remainder. A group gets the channel count of the density `high` if the kept
+    # fraction of the model is then closer to the target.
     remainder = exact(high) / step - np.floor(exact(high) / step)
     for group in np.argsort(-remainder, kind="stable"):
         trial = counts.copy()
@@ -257,7 +258,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
 
 def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for every group, the rounding step and the minimum of its number of channels."""
+    """Return the rounding step and the minimum number of channels, as arrays with one entry per
+    group."""
     step = method.round_to // np.gcd(method.round_to, groups.widths)
     step = np.where(groups.sizes >= 2 * step, step, 1)
     least = [method.least_units(int(size)) for size in groups.sizes]
@@ -267,8 +269,8 @@ def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
 def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
     """Return the density of every group that the allocation names, and NaN for all other groups.
 
-    An allocation can name several weights of a group. The group then gets the highest density of
-    these weights.
+    If an allocation names several weights of a group, the group gets the highest of their
+    densities.
     """
     own = np.full(len(groups.sizes), np.nan)
     if not isinstance(method.allocation, Mapping):
@@ -365,8 +367,8 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
         units.append(pooled / ops.where(scale > 0, scale, 1.0))
     # `every` holds the scores of all output units, followed by a 0. Row c of `places` lists the
-    # positions in `every` of the units that compute channel c. Rows of channels with fewer units
-    # are padded with the position of this 0 in `every`.
+    # positions in `every` of the units that compute channel c. Short rows of `places` are padded
+    # with the position of the final 0 in `every`.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
@@ -378,7 +380,7 @@ def per_unit(
     found: Sequence[Tensor],
     layouts: Sequence[Layout],
 ) -> list[Tensor]:
-    """Return one value per output unit, which `function` computes from the channels of one ranking.
+    """Apply `function` to each ranking, and return one value per output unit.
 
     For coupled channels, `function` is called once per group, with the saliency of each channel.
     Without coupled channels, `function` is called once per weight tensor, with the mean score of
@@ -393,7 +395,7 @@ def per_unit(
             computes.
 
     Returns:
-        A list with one vector per weight, which has one value per output unit. Units that are
+        A list of vectors, one per weight. Each vector has one value per output unit. Units that are
         always kept have the value 1.
     """
     groups, units = groups_of(layouts), Pattern("channel")
@@ -415,11 +417,12 @@ def per_unit(
 
 
 def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return a boolean vector that is true for kept channels, and append one entry that is True.
+    """Return a boolean vector that is True for kept channels and has one additional True at its
+    end.
 
-    The appended last entry stands for output units that are always kept, whose channel index is -1.
-    All weights that compute a channel have the same mask for the channel, so only the first weight
-    is read.
+    The additional last entry stands for output units that are always kept. The channel index of
+    these units is -1. All weights that compute a channel have the same mask for the channel, so
+    only the first weight is read.
 
     Args:
         found: Boolean masks that a ranking returned, one mask per weight.
@@ -462,9 +465,9 @@ class Scales(NamedTuple):
 
     Attributes:
         variables: Indices of the optimizer's trained variables that store normalization scales.
-        places: For each weight, an integer array that broadcasts to the weight, or None for a
-            weight without scales. Each integer is the position of one unit's scale in the
-            concatenation of all `variables`.
+        places: For each weight, the position of every output unit's scale in the concatenation of
+            all `variables`. The positions form an integer array that broadcasts to the weight. A
+            weight without scales has None.
     """
 
     variables: list[int]
@@ -515,7 +518,7 @@ def scales_of(
 
 
 def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return one value per channel: the maximum over the output units that compute the channel.
+    """Return one value per channel: the largest of the values of its output units.
 
     A channel can be removed only if the gates of all its units are closed. The gate of a channel is
     therefore the maximum of the gates of its units.
@@ -537,8 +540,8 @@ def of_kept_channels(margins: Sequence[Tensor], layouts: Sequence[Layout]) -> li
     coupled channel are always kept.
 
     Args:
-        margins: One float32 tensor per weight. An entry is the score of an output unit minus the
-            threshold of this unit.
+        margins: One float32 tensor per weight, with the margin of every output unit: its score
+            minus its threshold.
         layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
             computes.
 
@@ -561,15 +564,15 @@ def shifts(
     Args:
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
-        margins: One float32 tensor per weight. An entry is the score of an output unit minus the
-            threshold of this unit.
+        margins: One float32 tensor per weight, with the margin of every output unit: its score
+            minus its threshold.
         layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
             computes.
         kept: Result of `kept_counts` for a global ranking, as a tensor.
 
     Returns:
-        A tuple `(common, rises, limits)` of increases of the thresholds. If all thresholds rose by
-        `common`, the model would keep as many channels as the target requires. `rises` holds the
+        A tuple `(common, rises, limits)`: amounts by which thresholds rise. If all thresholds rose
+        by `common`, the model would keep as many channels as the target requires. `rises` holds the
         amount by which each threshold rises. `limits` holds the largest amount by which each
         threshold can rise while its group keeps the minimum number of channels. For units that are
         always kept, `rises` and `limits` are 0.
@@ -600,13 +603,14 @@ def shifts(
 
 
 def _in_shapes(values: Tensor, like: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
-    """Give every output unit the value of its channel, in tensors with the shapes of `like`.
+    """Return the value of every output unit's channel, as tensors with the shapes of those in
+    `like`.
 
     Args:
         values: Vector with one entry per channel. An additional last entry applies to all units
             that are always kept.
-        like: One tensor per weight, with one entry per output unit. Only the shapes of these
-            tensors are used.
+        like: Tensors whose shapes the result gets: one tensor per weight, with one entry per output
+            unit.
         layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
             computes.
     """
@@ -637,7 +641,7 @@ def masks_of_followers(
         followers: One tuple `(variable, axis, ids)` per variable that is pruned with its channels.
             `axis` is the channel axis of the variable. For each entry along `axis`, `ids` holds the
             index of its channel, or -1 if the entry is always kept.
-        alive: Boolean vector of the kept channels, as the function `alive` returns it.
+        alive: Result of the function `alive`: a boolean vector that is True for kept channels.
     """
     for variable, axis, ids in followers:
         rank = len(variable.shape)
@@ -686,8 +690,8 @@ def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndar
     """Return, for each channel, the indices and the number of the output units that compute it.
 
     The output units of all weights with coupled channels have consecutive indices. The returned
-    matrix has one row of unit indices per channel. Short rows are padded with the total number of
-    units.
+    matrix has one row of unit indices per channel. Short rows are padded with an index that no unit
+    has: the total number of units.
     """
     every = np.concatenate([layout.channels.ids for layout in layouts if layout.channels])
     total = len(_required(layouts).owner)

@@ -194,8 +194,9 @@ class Consensus(UnitMethod):
         least = self.min_kept
         if least is None:
             # If all layers keep the fraction q of their units, the model keeps about q**2 of its
-            # cost. If all layers keep only the minimum, q / 2, the model keeps about q**2 / 4 of
-            # its cost. A layer with a single open unit often stops learning.
+            # cost. If all layers keep only the default minimum, the fraction q / 2 of their units,
+            # the model keeps about q**2 / 4 of its cost. A layer with a single open unit often
+            # stops learning.
             least = max(2, math.ceil(math.sqrt(self._open_at_end) / 2 * units - 1e-9))
         return min(least, units)
 
@@ -300,8 +301,9 @@ class Consensus(UnitMethod):
                 ids = layout.channels.ids.reshape(new.shape)
                 stays = is_open[ids] | (ids < 0)
                 new = np.where(stays, new, np.minimum(new, -_EDGE))
-                # In every channel that stays open, open the gate with the highest pi. All other
-                # gates of the channel stay as they are, unless their layer has too few open gates.
+                # Several gates can belong to one channel. If the channel stays open, open its gate
+                # with the highest pi. All other gates of the channel stay as they are, unless their
+                # layer has too few open gates.
                 unit = ops.convert_to_numpy(unit).reshape(new.shape)
                 best = unit == largest[ids]
                 least = min(self.least_units(unit.size), int(np.count_nonzero(stays)))

@@ -16,8 +16,8 @@ added to the loss after a warm-up. Every 16 steps, a new mask keeps the weights 
 s_t = s (1 - (1 - t / T_p)**3)
 ```
 
-In each KL term, the logits of the other path are a constant target, as in the authors' code.
-Variables without a mask, such as biases, receive gradients from both paths.
+Each KL term trains one path. The logits of the other path are its constant target, as in the
+authors' code. Variables without a mask, such as biases, receive gradients from both paths.
 
 Deviation from the paper: the sparsity increases every few steps instead of every epoch. Extensions
 of the paper: other allocations, blocks and N:M patterns, and a minimum number of weights in every

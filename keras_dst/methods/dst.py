@@ -236,7 +236,7 @@ class DST(LayerMethod):
     def reset_at(self) -> float:
         """Maximum density of a layer at which the thresholds of the layer are reset to 0.
 
-        For coupled channels with a target sparsity, this density is -1, which disables the reset. A
+        For coupled channels with a target sparsity, `reset_at` is -1, which disables the reset. A
         layer with coupled channels can keep a channel that is below its threshold in this layer. If
         a group keeps too few channels, `update` lowers the thresholds of the group instead of
         resetting them.
@@ -251,19 +251,20 @@ class DST(LayerMethod):
         """Return a new value of alpha, which controls the density.
 
         The gap is the amount by which all thresholds would have to increase to meet the target
-        sparsity. The change of this gap between two mask updates is modeled as a linear function of
-        alpha:
+        sparsity. The controller models the change of the gap from one mask update to the next as a
+        linear function of alpha:
 
         ```text
         last gap - gap = drift + response alpha
         ```
 
-        `drift` is how much training and the schedule decrease the gap per update if alpha is 0.
-        `response` is how much more the gap decreases per update if alpha is 1. The controller
-        estimates `drift` and `response` by exponentially weighted least squares. The gap and
-        `drift` have the unit of the weights, and alpha has the unit of the loss. Each update sets
-        alpha so that the gap to the target sparsity shrinks by the fraction `_GAP_SHARE` until the
-        next update. If the model keeps too few weights, alpha is negative.
+        `drift` is the decrease of the gap per mask update if alpha is 0. Training and the schedule
+        cause this decrease. `response` is the additional decrease of the gap per mask update if
+        alpha is 1 instead of 0. The controller estimates `drift` and `response` by exponentially
+        weighted least squares. The gap and `drift` are measured in the unit of the weights, and
+        alpha is measured in the unit of the loss. Each update sets alpha so that the gap to the
+        target sparsity shrinks by the fraction `_GAP_SHARE` until the next update. If the model
+        keeps too few weights, alpha is negative.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
         # At the end of training (progress 1), `update` does not shift the thresholds. After the
@@ -329,16 +330,16 @@ class DST(LayerMethod):
         ]
 
     def _shifts(self, weights, states, layouts, kept):
-        """Return the shifts of all thresholds with which the model keeps exactly `kept` weights.
+        """Return how far every threshold must shift so that the model keeps exactly `kept` weights.
 
         As in a global ranking, every layer keeps at least a minimum number of weights.
 
         Returns:
-            Three values, `(gap, shifts, limits)`. If all thresholds were shifted by `gap`, the
-            model would meet the target sparsity. `shifts` lists how far the thresholds of each
-            layer are shifted. `limits` lists the largest shift with which each layer keeps its
-            minimum number of weights. For coupled channels, each entry of `shifts` and `limits` is
-            a tensor with one shift per threshold.
+            A tuple `(gap, shifts, limits)` of threshold shifts. If all thresholds were shifted by
+            `gap`, the model would meet the target sparsity. `shifts` lists how far the thresholds
+            of each layer are shifted. `limits` lists, for each layer, the largest shift that leaves
+            the minimum number of weights. For coupled channels, each entry of `shifts` and `limits`
+            is a tensor with one shift per threshold.
         """
         if channels.groups_of(layouts):
             units = self._unit_margins(weights, states, layouts)
@@ -354,7 +355,7 @@ class DST(LayerMethod):
         limits = []
         for w, margin, low in zip(weights, margins, lowest):
             # If all weights of a layer have the same margin Q, no margin exceeds `low`. A limit
-            # slightly below this margin keeps all weights of the layer.
+            # slightly below the common margin then keeps all weights of the layer.
             edge = ops.minimum(ops.min(ops.where(margin > low, margin, _ALWAYS)), ops.max(margin))
             limits.append(edge - 1e-6 * ops.cast(ops.max(ops.abs(w)), "float32"))
         ranked = [ops.where(m > x, _ALWAYS, m) for m, x in zip(margins, limits)]
@@ -386,6 +387,6 @@ class _Reset(keras.constraints.Constraint):
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
         alive = ops.mean(masks.ones(mask, "float32")) > self.method.reset_at
         t = masks.masked(t, ops.logical_and(alive, ops.isfinite(t)))
-        # A threshold below 0 prunes no weights. From a negative value, training needs additional
-        # steps before the threshold is above 0 and prunes again.
+        # A threshold below 0 prunes no weights. Training would need additional steps to raise a
+        # negative threshold above 0 again.
         return t if self.method.schedule is None else ops.maximum(t, 0.0)

@@ -149,7 +149,7 @@ class FlipOut(UpdateMethod):
         return found
 
     def _power(self, w):
-        """Return |w|^p in float32, in a single pass over the weights for p = 2."""
+        """Return |w|^p in float32. For p = 2, the function reads the weights only once."""
         w = ops.cast(w, "float32")
         return ops.square(w) if self.power == 2 else ops.abs(w) ** self.power
 

@@ -34,8 +34,8 @@ from keras_dst.methods.base import SHORT, LayerMethod
 from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Schedule, Sigmoid, as_schedule
 
-# Smallest factor by which the learning rate of the scores is multiplied. If the factor were 0 at
-# the first mask update, all scores would be equal.
+# Smallest factor by which the learning rate of the scores is multiplied. A factor of 0 at the first
+# mask update would make all scores equal.
 _SLOWEST = 1e-9
 
 

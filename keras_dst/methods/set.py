@@ -52,8 +52,8 @@ class SET(UpdateMethod):
         allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`:
             `"erk"`, `"uniform"`, or a dict that maps weight names or regular expressions to
             sparsities. With `"uniform"`, the first weight tensor stays dense if its size is at most
-            a quarter of the number of weights that the model keeps. The other weight tensors are
-            then pruned more, so that the total sparsity does not change. Defaults to `"erk"`.
+            a quarter of the number of weights that the model keeps. All remaining weight tensors
+            are then pruned more, so that the total sparsity does not change. Defaults to `"erk"`.
         pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
             single weights. `"1x4"` prunes blocks of 1 output and 4 inputs. `"channel"` prunes
             output channels. Defaults to `"unstructured"`.

@@ -186,7 +186,7 @@ class ST3(LayerMethod):
 
     @staticmethod
     def _channel_changes(scores, states, layouts, found):
-        """Return the changed states of all weights if whole channels are pruned."""
+        """Return the changed states of all weights, for `pattern="channel"`."""
         factors = channels.per_unit(_channel_factors, scores, found, layouts)
         changes = []
         for state, mask, factor, layout in zip(states, found, factors, layouts):
