@@ -60,10 +60,10 @@ def densities(
     Args:
         allocation: `"uniform"` gives all weights the same density. `"erk"` (Erdős-Rényi-Kernel)
             gives densities proportional to `sum(shape) / prod(shape)`, at most 1. With `"erk"`,
-            small weight tensors have a higher density. A dict maps weight names to sparsities.
-            Weights whose names are not in the dict get the density `density`. A name is the path of
-            a weight, or a regular expression that matches any part of a path. If several names in
-            the dict match a weight, the last matching name applies.
+            small weight tensors have a higher density than large weight tensors. A dict maps weight
+            names to sparsities. Weights whose names are not in the dict get the density `density`.
+            A name is the path of a weight, or a regular expression that matches any part of a path.
+            If several names in the dict match a weight, the last matching name applies.
         shapes: Shapes of the weights.
         density: Fraction of all weights that is kept.
         names: Paths of the weights. The paths are needed only if the allocation is a dict.

@@ -14,8 +14,8 @@ zero. Deviations from the paper:
 * Zero is always one of the values, and its cluster contains exactly the weights that are zero.
   Clustering therefore does not change the sparsity.
 * During fine-tuning, the optimizer updates each weight individually, so the weights of a cluster
-  become different. After each step, the callback `KeepClusters` therefore sets c_k to the mean of w
-  / s over all weights of cluster k. In the paper, the sum of the gradients of the weights in
+  become different. After each step, the callback `KeepClusters` therefore sets c_k to the mean
+  ratio w/s of all weights in cluster k. In the paper, the sum of the gradients of the weights in
   cluster k updates c_k. The update by the mean and the update by the gradients move c_k in the same
   direction.
 """
@@ -82,8 +82,8 @@ class KeepClusters(keras.callbacks.Callback):
     When `fit` begins, the callback clusters the kernels as `keras_dst.cluster_weights` does. After
     each batch, the callback sets all weights of a cluster to their mean. Zero weights stay zero,
     and the largest weight of each output channel does not change. If `steps_per_execution` is above
-    1, Keras calls the callback only after several steps. The weights of a cluster may then differ
-    between two calls.
+    1, Keras calls the callback only after several steps. Between two calls, the weights of a
+    cluster may then differ from each other.
 
     Args:
         clusters: Maximum number of distinct values per kernel, at least 4. Defaults to 16.

@@ -632,7 +632,7 @@ class _Timetable:
         self.clock, self.steps, self.targets, self.kept = clock, steps, targets, kept
 
     def look_up(self, step):
-        """Return whether a mask update is due at a step, and the index of this update in `steps`.
+        """Return whether a mask update is due at a step, and the index of the latest mask update.
 
         Both returned values are tensors.
         """

@@ -216,7 +216,7 @@ class Cubic(Schedule):
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Geometric(Schedule):
-    """Schedule whose density falls by the same factor in equal time spans.
+    """Schedule with exponential decay: the density falls by the same factor in equal time spans.
 
     Args:
         rate: Fraction of the kept weights that are pruned when the sparsity jumps, in (0, 1). Jumps

@@ -144,8 +144,8 @@ class SparseMixin(_keras.BuildHook):
         # it.
         self.__dict__["sparse_state"] = {}
         for weight in self._masked_attributes():
-            # In a built layer, the variable has the name of the new `SparseWeight`. Rename the
-            # variable.
+            # A built layer stores the variable under the name of the new `SparseWeight`. Move the
+            # variable to another name.
             if weight.name in self.__dict__:
                 self.__dict__[weight.slot] = self.__dict__.pop(weight.name)
         if self.built:
@@ -160,7 +160,7 @@ class SparseMixin(_keras.BuildHook):
 
     @classmethod
     def sparse_weights(cls) -> list[SparseWeight]:
-        """Return the class attributes that define weights which can have a mask, without biases."""
+        """Return the attributes of the class for all prunable weights, but not for biases."""
         return [w for w in cls._masked_attributes() if not isinstance(w, SparseBias)]
 
     @classmethod

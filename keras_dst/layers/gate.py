@@ -42,7 +42,7 @@ class Gate(_keras.BuildHook, layers.Layer):
             Defaults to 0.9.
         cost: Cost of one channel or branch, in FLOPs or in parameters, as selected by
             `Consensus(cost=)`. Defaults to 1.
-        method: Method that trains the gates. All gates and layers with equal methods share one
+        method: Method that trains the gates. All gates and layers whose methods are equal share one
             target cost. Defaults to None, which means `methods.Consensus()`.
 
     Call arguments:

@@ -81,12 +81,12 @@ class Method(Configurable):
         allocation: Distribution of the sparsity over the weights.
         pattern: Which weights are pruned together, see `masks.Pattern`.
         frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
-            update per epoch. None means `default_frequency`, or more frequent updates in a short
+            update per epoch. None means `default_frequency`, or a shorter interval in a short
             training run.
         default_frequency: Value of `frequency` in the paper of the method.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights.
-        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of the
             `"channels"`, `"parameters"` or `"flops"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels.
             Layers with fewer than `2 * round_to` channels can keep any number of channels.
@@ -408,7 +408,7 @@ def length_factor(total: Tensor) -> Tensor:
     """Return a factor that grows with the number of steps, from 0.1 to 1 (20,000 steps or more).
 
     Papers chose some settings, such as the gradient noise of FlipOut, for long training runs.
-    Methods multiply these settings by the factor.
+    In shorter training runs, methods multiply such settings by this factor.
 
     Args:
         total: Number of steps in the training run, or 0 if the number is unknown. If `total` is 0,

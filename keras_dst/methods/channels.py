@@ -184,8 +184,7 @@ def checked_names(groups: ChannelNames | None) -> list[list] | None:
 
 
 def groups_of(layouts: Sequence[Layout]) -> ChannelGroups | None:
-    """Return the groups of coupled channels to which `layouts` refer, or None without such
-    groups."""
+    """Return the groups of coupled channels in a model, or None if `layouts` name no channels."""
     return next((layout.channels.groups for layout in layouts if layout.channels), None)
 
 
@@ -199,15 +198,15 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
     array with the single integer `round(density * 2**20)`.
 
     If the allocation is a dict that names a weight of a group, the group gets the sparsity that the
-    dict states. With the densities of all other groups, the model loses a fraction of its channels,
-    parameters or FLOPs that is as close as possible to `sparsity`.
+    dict states. The densities of all other groups are chosen so that the removed fraction of
+    channels, parameters or FLOPs is as close as possible to `sparsity`.
 
     Args:
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
         shapes: Shapes of all weights that the method prunes.
-        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
-            computes.
+        layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
+            output units.
         names: Paths of the weights, which are needed if the allocation is a dict.
         sparsity: Sparsity at the current step.
     """
@@ -309,8 +308,8 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
             `least_units`.
         scores: One saliency tensor per weight, with the shape of the weight.
-        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
-            computes.
+        layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
+            output units.
         kept: The array that the function `kept_counts` returned, as a tensor.
     """
     groups, pattern = _required(layouts), Pattern("channel")
@@ -352,8 +351,8 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
 
     Args:
         scores: One saliency tensor per weight, with the shape of the weight.
-        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
-            computes.
+        layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
+            output units.
 
     Returns:
         A float32 vector with one entry per channel.
@@ -391,8 +390,8 @@ def per_unit(
             kept channels. The function returns a float32 vector with one entry per channel.
         scores: One saliency tensor per weight, with the shape of the weight.
         found: Boolean masks that a ranking returned, one mask per weight.
-        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
-            computes.
+        layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
+            output units.
 
     Returns:
         A list of vectors, one per weight. Each vector has one value per output unit. Units that are
@@ -426,8 +425,8 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
 
     Args:
         found: Boolean masks that a ranking returned, one mask per weight.
-        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
-            computes.
+        layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
+            output units.
     """
     first = _units_of_channels(tuple(layouts))[0][:, 0]
     units, start, places = [], 0, np.zeros(len(first), "int32")
@@ -494,8 +493,8 @@ def scales_of(
 
     Args:
         shapes: Shapes of all weights.
-        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
-            computes.
+        layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
+            output units.
         gammas: One pair `(index, channels)` for each variable that stores normalization scales,
             such as `gamma`. `index` is the index of the variable, and `channels` is an array with
             the channel that each entry of the variable scales. If several variables scale the same
@@ -525,8 +524,8 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
 
     Args:
         values: One float32 tensor per weight, of any shape, with one value per output unit.
-        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
-            computes.
+        layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
+            output units.
     """
     units = [ops.reshape(v, (-1,)) for v, layout in zip(values, layouts) if layout.channels]
     every = ops.pad(ops.concatenate(units), [(0, 1)], constant_values=_LOWEST)
@@ -542,8 +541,8 @@ def of_kept_channels(margins: Sequence[Tensor], layouts: Sequence[Layout]) -> li
     Args:
         margins: One float32 tensor per weight, with the margin of every output unit: its score
             minus its threshold.
-        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
-            computes.
+        layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
+            output units.
 
     Returns:
         One float32 tensor per weight, with the same shape as the weight's tensor in `margins`.
@@ -566,8 +565,8 @@ def shifts(
             `least_units`.
         margins: One float32 tensor per weight, with the margin of every output unit: its score
             minus its threshold.
-        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
-            computes.
+        layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
+            output units.
         kept: Result of `kept_counts` for a global ranking, as a tensor.
 
     Returns:
@@ -609,10 +608,10 @@ def _in_shapes(values: Tensor, like: Sequence[Tensor], layouts: Sequence[Layout]
     Args:
         values: Vector with one entry per channel. An additional last entry applies to all units
             that are always kept.
-        like: Tensors whose shapes the result gets: one tensor per weight, with one entry per output
-            unit.
-        layouts: One `masks.Layout` per weight: the axes of the weight, and the channels that it
-            computes.
+        like: Tensors with the shapes of the result: one tensor per weight, with one entry per
+            output unit.
+        layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
+            output units.
     """
     found = []
     for tensor, layout in zip(like, layouts):

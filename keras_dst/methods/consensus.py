@@ -11,8 +11,8 @@ loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - tar
 The cost is the number of FLOPs or parameters of the model after all closed channels are removed. A
 channel is removed if its gates are closed in all layers that compute the channel. Together with a
 channel, the corresponding inputs of the next layers are removed. For a subclassed model, or a model
-that contains `layers.Gate`, the cost is `sum(c g)`, as in the paper: the sum over all structures of
-the cost c times the gate g.
+that contains `layers.Gate`, the cost is `sum(c g)`, as in the paper. Each term of the sum is the
+cost c of a structure times its gate g.
 
 Sparse layers compute `pi = sigmoid(logit)`, with a trainable logit per structure. `layers.Gate`
 also has trainable logits, or uses the paper's gating module, which computes pi from the input.
@@ -72,7 +72,7 @@ class Consensus(UnitMethod):
         lambda_act: Weight of the penalty on the cost of all open gates. Defaults to 100.
         frequency: Number of training steps from one update of the target cost to the next, or
             `"epoch"` for one update per epoch. Defaults to None, which means 20 steps. In a short
-            training run, None means more frequent updates, so that the target cost is updated about
+            training run, the default interval is shorter, so that the target cost is updated about
             20 times.
         round_to: After the last step, the number of kept channels of every layer is a multiple of
             `round_to`. Layers with fewer than `2 * round_to` channels can keep any number of
@@ -235,7 +235,8 @@ class Consensus(UnitMethod):
             variable.regularizer = _Penalties(self, layers, layouts)
 
     def _cost(self, layer, variable, uses) -> float:
-        """Return the cost per entry of a weight, or per channel or branch of a `Gate` layer."""
+        """Return the cost of one entry of a weight, or of one channel or branch of a `Gate`
+        layer."""
         if id(variable) not in uses:
             return getattr(layer, "cost", 1.0)
         times, reason = uses[id(variable)]

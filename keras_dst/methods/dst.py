@@ -80,8 +80,8 @@ class DST(LayerMethod):
             as in the paper.
         frequency: Number of training steps from one update of alpha to the next, or `"epoch"` for
             one update per epoch. Defaults to None, which means 20 steps. In a short training run,
-            None means more frequent updates, so that alpha is updated about 20 times.
-        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+            the default interval is shorter, so that alpha is updated about 20 times.
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of the
             `"channels"`, `"parameters"` or `"flops"`. `"parameters"` and `"flops"` need an argument
             `sparsity` and a model with coupled channels. Defaults to `"channels"`.
 

@@ -13,8 +13,8 @@ paper.
 
 Deviations from the paper: the normal random numbers of the noise are read from a precomputed table
 (`random.normal`). A training run of fewer than 20 epochs prunes in small steps along a cubic ramp.
-A network cannot recover from the loss of half of its weights in a few epochs. In a training run of
-fewer than 20,000 steps, the noise is multiplied by a factor below 1.
+If half of the weights were pruned at once, the network could not recover within a few epochs. In a
+training run of fewer than 20,000 steps, the noise is multiplied by a factor below 1.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class FlipOut(UpdateMethod):
             keeps 2 of every 4 weights. `"channel"` prunes output channels. The score of a block or
             channel is the mean score of its weights. Defaults to `"unstructured"`.
         frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
-            update per epoch. Defaults to None, which means 100 steps. In a short training run, None
-            means more frequent updates, so that the masks are updated about 20 times.
+            update per epoch. Defaults to None, which means 100 steps. In a short training run, the
+            default interval is shorter, so that the masks are updated about 20 times.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means a minimum
             of 1 weight or channel. With `allocation="global"` and no coupled channels, the default
             minimum is a quarter of the weights that the layer would keep with `allocation="erk"`.
-        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of the
             `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
             `Magnitude`. Defaults to 8.

@@ -53,13 +53,13 @@ class Magnitude(UpdateMethod):
             that follows the weight. `"bn_scale"` needs `pattern="channel"`. Weights that no
             normalization layer follows are ranked by `|w|`. Defaults to `"magnitude"`.
         frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
-            update per epoch. Defaults to None, which means 100 steps. In a short training run, None
-            means more frequent updates, so that the masks are updated about 20 times.
+            update per epoch. Defaults to None, which means 100 steps. In a short training run, the
+            default interval is shorter, so that the masks are updated about 20 times.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means a minimum
             of 1 weight or channel. With `allocation="global"` and no coupled channels, the default
             minimum is a quarter of the weights that the layer would keep with `allocation="erk"`.
-        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of the
             `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels.
             Layers with fewer than `2 * round_to` channels can keep any number of channels. Defaults

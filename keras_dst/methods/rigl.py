@@ -37,8 +37,8 @@ class RigL(SET):
             `SET`. Defaults to None, which means 100 steps, or less in a short training run.
         min_kept: Minimum number of weights or channels that every layer keeps. Defaults to None,
             which means 1.
-        counted_in: Unit of the sparsity if `pattern="channel"`: `"channels"`, `"parameters"` or
-            `"flops"`. Defaults to `"channels"`.
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of the
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
             `Magnitude`. Defaults to 8.
         groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to

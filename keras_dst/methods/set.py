@@ -65,12 +65,12 @@ class SET(UpdateMethod):
             `stop`. `stop_step` is required for training without the `SparseTraining` callback.
             Defaults to None.
         frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
-            update per epoch. Defaults to None, which means 100 steps. In a short training run, None
-            means more frequent updates, so that the masks are updated about 20 times.
+            update per epoch. Defaults to None, which means 100 steps. In a short training run, the
+            default interval is shorter, so that the masks are updated about 20 times.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means a minimum
             of 1 weight or channel.
-        counted_in: Unit of the sparsity if `pattern="channel"`: the removed fraction of the
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of the
             `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
             `Magnitude`. Defaults to 8.
@@ -167,8 +167,8 @@ class SET(UpdateMethod):
         return first, math.floor(self._stop * (total_steps or 0))
 
     def followers_settled(self, step, total):
-        # Until the last mask update, SET may restore a pruned channel. Do not set its normalization
-        # scale to 0, because the restored channel would then get no gradient.
+        # Until the last mask update, SET may restore a pruned channel. Do not set the normalization
+        # scale of a pruned channel to 0, because a restored channel would then get no gradient.
         if self.stop_step is not None:
             return step >= self.stop_step
         known = ops.cast(total, "float32")
@@ -247,7 +247,7 @@ class SET(UpdateMethod):
 
 
 def rank_first(masks, scores):
-    """Return float32 scores that rank all weights kept by the masks above all other weights.
+    """Return float32 scores in which all weights that the masks keep rank above all other weights.
 
     On torch, the results overwrite the scores.
     """
