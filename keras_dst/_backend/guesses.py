@@ -27,9 +27,9 @@ class _Guesses:
     Attributes:
         conditions: Guessed conditions, as boolean scalars on the GPU. If all guesses were right,
             all scalars are true.
-        branches: For each call of `cond`, the index of its condition in `conditions`.
-        rare: Calls of `cond` that take their rare branch, because the rare branch was right in the
-            previous call of the function. Each number is an index in `branches`.
+        branches: Indices in `conditions`: one condition for each call of the function `cond`.
+        rare: Calls of the function `cond`, as indices in `branches`. In these calls, `cond` takes
+            its rare branch, because the rare branch was right in the previous mask update.
     """
 
     def __init__(self, rare: set[int]):
@@ -66,7 +66,7 @@ def with_guesses(update: Callable) -> Callable:
             found = None  # Free the results of the wrong guess.
             wrong = {n for n, i in enumerate(guesses.branches) if not right[i]}
             if len(wrong) < len(right) - right.sum():
-                break  # The condition of an `add` was false, and `add` has no other branch.
+                break  # A condition from `add` was false, and `add` has no alternative branch.
             rare.symmetric_difference_update(wrong)
         return update(*args)
 

@@ -55,7 +55,7 @@ def traced_once(fn, scores, kept, *constants):
     return _shared(fn, constants, shapes, kept.ndim, devices.on_accelerator(kept))(scores, kept)
 
 
-@functools.lru_cache(maxsize=64)  # The cache limit frees old traces.
+@functools.lru_cache(maxsize=64)  # A full cache frees the trace that was used least recently.
 def _shared(fn, constants, *signature):
     return jit(lambda scores, kept: fn([*scores], kept, *constants))
 
@@ -83,7 +83,8 @@ def is_known_false(flag) -> bool:
 
 
 def outside_torch_graph(fn):
-    """Wrap `fn` so that torch.compile does not trace `fn`, but calls `fn` between two graphs."""
+    """Return a wrapper of `fn` that torch.compile does not trace. Compiled code calls the wrapper
+    between two graphs."""
     if keras.backend.backend() != "torch":
         return fn
 
@@ -95,10 +96,10 @@ def outside_torch_graph(fn):
 def masked(w, mask):
     """Compute `masks.masked` on torch. In eager mode, this function is faster than `torch.where`.
 
-    On a CPU, `torch.where` tests the condition separately for every entry. This function is faster:
-    it views the floats as integers and multiplies them by the mask. The integer multiplication is
-    vectorized, and its result is exact. Every pruned entry becomes +0, even if the weight is not
-    finite.
+    On a CPU, `torch.where` tests the condition separately for every entry. This function instead
+    views the floats as integers and multiplies the integers by the mask, which is faster. The
+    integer multiplication is vectorized, and its result is exact. Every pruned entry becomes +0,
+    even if the weight is not finite.
     """
     import torch
 
@@ -125,7 +126,7 @@ def masked(w, mask):
 
 
 def tensor_of(x):
-    """Return a variable or tensor as a tensor that a custom gradient accepts.
+    """Convert a variable or tensor to a tensor that can be passed to a custom gradient.
 
     On TensorFlow, `ops.convert_to_tensor` returns a variable, which a custom gradient refuses.
     """
@@ -159,7 +160,7 @@ def _integers_of_size(size: int):
 
 
 def separate_buffer(value):
-    """Return a tensor with the same values that can be assigned to a second variable.
+    """Return a tensor that has the values of `value` and can be assigned to a second variable.
 
     On JAX, an assigned tensor becomes the buffer of the variable, and two variables must not share
     one buffer.
@@ -221,8 +222,8 @@ def true_positions(mask, limit: int):
     """Return the positions of the first `limit` true entries of a torch tensor. If the tensor has
     fewer true entries, the rest of the result is -1.
 
-    The length of the result is always `limit`. The CPU therefore need not wait for the GPU to learn
-    the length.
+    The length of the result is always `limit`. The CPU therefore need not wait until the GPU has
+    counted the true entries.
     """
     import torch
 

@@ -5,8 +5,8 @@ request this memory again, page by page. These requests can take as long as the 
 step. A sparse training step needs larger blocks of memory than a dense step. A sparse step can
 therefore need blocks of more than 32 MiB even if the dense step does not.
 
-The memory policy applies to the whole process. `SparseTraining` therefore changes the policy only
-if the argument `keep_memory` is True.
+The memory policy applies to the whole process. `SparseTraining` therefore changes the memory policy
+only if the argument `keep_memory` is True.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Return free memory to the system now, and allow glibc to return large blocks from now on."""
-    # Without calls of `mallopt`, glibc raises its two thresholds to at most these values.
+    # If a program never calls `mallopt`, glibc itself raises its two thresholds up to these values.
     _set(mmap=32 * _MIB, trim=64 * _MIB)
     if glibc():
         glibc().malloc_trim(0)

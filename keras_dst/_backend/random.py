@@ -20,7 +20,7 @@ from keras_dst._backend.rows import bundles
 Tensor = Any
 
 _SIZE = 1 << 20  # Number of entries in the table of normal random numbers.
-_NARROW, _WIDE = 1 << 8, 1 << 13  # Smallest and largest number of entries in a table row.
+_NARROW, _WIDE = 1 << 8, 1 << 13  # Smallest and largest row width of this table.
 
 
 def bits(*numbers: Tensor) -> Tensor:
@@ -64,12 +64,12 @@ def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
 
 
 def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Tensor]:
-    """Return float32 random numbers from a normal distribution, which differ from step to step.
+    """Return normally distributed float32 random numbers. The numbers differ from step to step.
 
     The function copies randomly chosen rows of a table with about a million random numbers. Copying
     rows is faster than computing random numbers. For a large tensor, the table has rows of the same
-    width as the tensor, and therefore only a few rows. The table then contains each row with both
-    signs, so that the mean of the noise is 0 for every weight.
+    width as the tensor, and therefore only a few rows. In this case, the table contains each row
+    with both signs, so that the noise of every weight has a mean of 0.
 
     Args:
         shapes: Shapes of the results.
@@ -86,14 +86,14 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     for members in bundles([math.prod(shape) for shape in shapes]):
         alone = len(members) == 1
         # XLA copies whole rows only if the rows of the table are as wide as the rows of the tensor.
-        # Otherwise, XLA copies each number separately.
+        # If the widths differ, XLA copies each number separately.
         width = _width(shapes[members[0]]) if alone else _NARROW
         numbers = ops.reshape(table(alone), (-1, 1 << (width - 1).bit_length()))
         sizes = [math.prod(shapes[i]) for i in members]
         rows = [-(-size // width) for size in sizes]
         position = np.concatenate([np.arange(n) for n in rows])
-        # Copy the rows with `take`. On TensorFlow, slices at random positions would make XLA
-        # compile again in every step.
+        # Copy the rows with `ops.take`, not with slices. On TensorFlow, slices at random positions
+        # would make XLA compile again in every step.
         chosen = bits(seed, step, np.repeat(members, rows), position)
         chosen = ops.bitwise_and(chosen, numbers.shape[0] - 1)
         drawn = ops.take(numbers[:, :width], chosen, axis=0)
@@ -105,8 +105,8 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
 
 def _width(shape: Sequence[int]) -> int:
-    """Return the number of entries in a row of the table, from `_NARROW` to `_WIDE`. If possible,
-    the size of the tensor is a multiple of this number."""
+    """Return the row width of the table for a tensor with the given shape, from `_NARROW` to
+    `_WIDE`. If possible, the size of the tensor is a multiple of this width."""
     widths = itertools.accumulate(reversed(tuple(shape)), operator.mul)
     return next((width for width in widths if _NARROW <= width <= _WIDE), _NARROW)
 

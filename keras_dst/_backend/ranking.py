@@ -7,12 +7,12 @@ candidate threshold, row by row. In a large model, this counting takes nearly al
 update.
 
 On a CPU, the scores of 256 rows (a slab) are counted at once, so that temporary values fit into the
-cache. On an accelerator, the scores in all rows are counted at once. There, a loop over groups of
-256 rows would launch thousands of small operations. JAX fuses several counts into one pass over the
-scores, so each search step on JAX tries several candidate thresholds. PyTorch would launch tens of
-kernels for each search step and then wait for the GPU. On PyTorch, `selection.py` therefore usually
-selects the highest scores without a search for the threshold. All backends return the same masks,
-whether they search for the threshold or select the scores.
+cache. On an accelerator, the scores in all rows are counted at once. On an accelerator, a loop over
+groups of 256 rows would launch thousands of small operations. JAX fuses several counts into one
+pass over the scores, so each search step on JAX tries several candidate thresholds. In each search
+step, PyTorch would launch tens of GPU kernels and then wait for their result. On PyTorch,
+`selection.py` therefore usually selects the highest scores without a search for the threshold. All
+backends return the same masks, whether they search for the threshold or select the scores.
 """
 
 import math
@@ -37,7 +37,7 @@ _SLAB_ROWS = 1 << 8  # On a CPU, the scores of 256 rows are counted at once.
 # A search step divides the range between the lower and the upper threshold into this number of
 # sections. XLA counts the scores above all boundaries between sections in one pass over the scores.
 _SECTIONS = 8
-# From this number of scores on, a sample of the scores gives the first two candidate thresholds.
+# If there are at least this many scores, the first two candidate thresholds come from a sample.
 _SAMPLE_FROM = 1 << 22
 _SAMPLE_STRIDES = (32, 25)  # The sample takes every 32nd row and every 25th column of a matrix.
 
@@ -63,7 +63,7 @@ def top_k(
             kept groups contain at most `kept` weights. Defaults to None, which means that every
             score stands for one weight.
         first: For each tensor, the number of entries to keep even if other tensors have higher
-            scores. In each tensor, these are the entries with the highest scores. `kept` must be
+            scores. Within a tensor, the entries with the highest scores are kept. `kept` must be
             large enough for all these entries. Defaults to None, which means 0 for every tensor.
 
     Returns:
@@ -235,8 +235,8 @@ class _Ranking(Scores):
         )
 
     def first_entries(self):
-        """Return the entries that are always kept because of the argument `first` of `top_k`. The
-        list has one argument of `_with_first` for each bundle of tensors."""
+        """Return, for each bundle of tensors, the entries that the argument `first` of `top_k`
+        always keeps. The format is the argument `first` of `_with_first`."""
         if max(self.first) > 1:
             flat = self.split(self.scores)
             each = _Ranking(flat, together=False)
@@ -317,12 +317,13 @@ class _Ranking(Scores):
         """Search for the threshold of each ranking. Each step tries one candidate for the
         threshold.
 
-        The method interpolates the number of weights above a threshold (its count) linearly between
-        the lower and the upper threshold. The next candidate is the threshold at which the
-        interpolated count equals `kept` (false position). If the lower or the upper threshold has
-        not moved for two steps, the method halves the difference between its count and `kept`
-        (Illinois variant). Every third step tries the midpoint between the lower and the upper
-        threshold, which limits the number of steps for any distribution of scores.
+        The count of a threshold is the number of weights above the threshold. The method
+        interpolates the count linearly between the lower and the upper threshold. The next
+        candidate is the threshold at which the interpolated count equals `kept` (false position).
+        If the lower or the upper threshold stays the same for two steps, the method halves the
+        difference between the count of this threshold and `kept` (Illinois variant). Every third
+        step tries the midpoint between the lower and the upper threshold, which limits the number
+        of steps for any distribution of scores.
 
         Dowell and Jarratt analyze the Illinois variant in "A modified regula falsi method for
         computing the root of an equation", BIT 11 (1971).
@@ -413,8 +414,8 @@ class _Ranking(Scores):
         )
 
     def _sample_bounds(self, kept):
-        """Return two scores between which the threshold for all tensors together probably lies. The
-        two scores are part of a sample of all scores."""
+        """Return two scores from a sample of all scores. The threshold for all tensors together
+        probably lies between these two scores."""
         row_stride, column_stride = _SAMPLE_STRIDES
         rows = [s[::row_stride, column_stride // 2 :: column_stride] for s in self.scores]
         sample = ops.sort(ops.concatenate([ops.reshape(r, (-1,)) for r in rows]))
@@ -425,14 +426,13 @@ class _Ranking(Scores):
         return [ops.take(sample, ops.cast(end, "int32")) for end in ends]
 
     def _last_ties(self, low, high, firsts, room):
-        """Return, for every ranking, the position after the last kept entry among the entries with
-        tied scores.
+        """Return, for every ranking, the position that follows the last kept entry with a tied
+        score.
 
         Args:
             low: Lower threshold. Scores between `low` and `high` count as tied.
             high: Upper threshold.
-            firsts: For each bundle, the entries that are always kept, as an argument of
-                `_with_first`.
+            firsts: For each bundle, the entries that are always kept (see `_with_first`).
             room: For each ranking, the number of weights with tied scores to keep.
         """
         found, offset = [], 0
@@ -465,8 +465,8 @@ class _Ranking(Scores):
         return ops.min(places, keepdims=True) if self.together else places
 
     def _between(self, b, s, low, above):
-        """Return a mask of the scores in a bundle that exceed `low` and for which the mask `above`
-        is False."""
+        """Return a boolean mask, which is True for scores above `low` at which the mask `above` is
+        False."""
         between = self._above(b, s, low) & ~above
         return between if b.left is None else between & first_columns(b.left)
 
@@ -479,7 +479,7 @@ class _Ranking(Scores):
         return (s > self.to_rows(b, self._finite_cut(thresholds))) | everything
 
     def _finite_cut(self, thresholds):
-        """Return the thresholds, with infinity in place of thresholds that are at least the largest
+        """Return the thresholds. Infinity replaces every threshold that is not below the largest
         finite score."""
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
@@ -487,9 +487,9 @@ class _Ranking(Scores):
         """Return the number of kept weights in each ranking. A weight is kept if its score exceeds
         the threshold, or if the weight is always kept."""
         count = self._count_scores(thresholds)
-        # In each tensor, the entries above the threshold and the entries that are always kept are
-        # the entries with the highest scores. The union of these two sets therefore has as many
-        # entries as the larger set.
+        # In each tensor, two sets of entries are kept: the entries above the threshold, and the
+        # entries that are always kept. Both sets hold the highest scores, so the larger set
+        # contains the smaller set.
         if self.first_weights is not None:
             count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)

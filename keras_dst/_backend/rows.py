@@ -28,18 +28,18 @@ _BUNDLE_SIZE = 1 << 20  # Largest number of scores in one matrix of small tensor
 
 class Rows:
     """Index arrays of a matrix that stores several tensors (a bundle). Each tensor starts in a new
-    row of the matrix.
+    row of the matrix, so every row stores entries of a single tensor.
 
     Attributes:
-        tensor: For each matrix row, the index of the stored tensor among all tensors.
-        local: For each matrix row, the index of the stored tensor among the tensors of the bundle.
+        tensor: For each matrix row, the index of the tensor in this row, counted among all tensors.
+        local: For each matrix row, the index of the tensor in this row, counted among the tensors
+            of the bundle.
         owner: Boolean matrix. `owner[i, j]` is True if row j of the matrix stores entries of tensor
             i of the bundle.
-        start: For each matrix row, the position in the stored tensor at which the row starts. If
-            all tensors are ranked together, positions are counted in the concatenation of all
-            tensors.
-        left: For each matrix row, the number of entries from the start of the row to the end of the
-            stored tensor. None if every row is full.
+        start: For each matrix row, the position of the row's first entry within its tensor. If all
+            tensors are ranked together, positions are counted in the concatenation of all tensors.
+        left: For each matrix row, the number of entries from the start of the row to the end of its
+            tensor. The attribute is None if every row is full.
         first_rows: For each tensor of the bundle, the index of the first matrix row that stores the
             tensor.
     """
@@ -123,8 +123,7 @@ class Scores:
         If several entries of a tensor have the highest score, the first entry is chosen.
 
         Args:
-            peaks: List with one vector for each matrix in `scores`. The vector holds the largest
-                score of every matrix row.
+            peaks: For each matrix in `scores`, a vector with the largest score of every matrix row.
             finite: Function that replaces infinite and NaN scores by finite scores.
         """
         for b, s, highest in zip(self.bundles, self.scores, peaks):
@@ -172,8 +171,8 @@ def _is_plain(tensor):
 
 
 def _arranged(lengths, together):
-    """Return the number of scores in each ranking, and one `Rows` object for each bundle of
-    tensors."""
+    """Return the number of scores in each ranking, and a list of `Rows` objects. Each `Rows` object
+    describes one bundle of tensors."""
     starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
     of_rankings = ops.convert_to_tensor([sum(lengths)] if together else list(lengths), "int32")
     return of_rankings, [Rows(members, lengths, starts) for members in bundles(lengths)]

@@ -1,11 +1,11 @@
 """Select the highest scores on PyTorch, so that the host need not wait for the accelerator.
 
 A sample of the scores gives a lower and an upper bound for each threshold. The threshold almost
-certainly lies between the two bounds. The few scores between the bounds are copied and sorted. The
-vector of copies has a fixed length, so the host need not wait for the number of copied scores. The
-selection assumes that each threshold lies between its bounds, and the host checks this later (see
-`guesses.py`). If a threshold lies outside of its bounds, for example because a million scores are
-equal, `ranking.py` searches for the threshold.
+certainly lies between the two bounds. The few scores between the lower and the upper bound are
+copied and sorted. The vector of copies has a fixed length, so the host need not wait for the number
+of copied scores. The selection assumes that each threshold lies between its bounds, and the host
+checks this later (see `guesses.py`). If a threshold lies outside of its bounds, for example because
+a million scores are equal, `ranking.py` searches for the threshold.
 """
 
 import math
@@ -113,7 +113,8 @@ def _is_finite(scores: Scores, low, above, between):
     """Return one boolean per ranking: True if the lower bound or all scores of the ranking are
     finite.
 
-    If neither is finite, a score of minus infinity would be tied with the smallest finite score.
+    If neither the lower bound nor all scores are finite, a score of minus infinity would be tied
+    with the smallest finite score.
     """
     return (low >= -LARGEST) | ops.equal(above + between.counts, scores.lengths)
 
@@ -172,9 +173,9 @@ def _limits(scores: Scores) -> list[int]:
         return [b.tensor.shape[0] * ROW_WIDTH for b in scores.bundles]
 
     def limit(length, total):
-        # In the sorted sample, the positions of the two bounds are 2 * `_DEVIATIONS` standard
-        # deviations apart. The standard deviation of a position is at most half the square root of
-        # the sample's size.
+        # The two bounds are scores of the sorted sample. Their positions are 2 * `_DEVIATIONS`
+        # standard deviations of the threshold's position apart. One standard deviation is at most
+        # half the square root of the sample's size.
         share = _DEVIATIONS / math.sqrt(total / _STRIDE)
         most = share * min(1.5 * total, _CONCENTRATION * length)
         return min(length, math.ceil(most) + 32 * _DEVIATIONS * _STRIDE)
@@ -198,8 +199,8 @@ class _Between:
     """
 
     def __init__(self, scores: Scores, low, above):
-        """Find the scores above `low` for which the masks `above` are False, and sort these
-        scores."""
+        """Copy and sort the scores that exceed `low`, except scores at which the masks `above` are
+        True."""
         self.scores = scores
         self.places, used, values, tensor = [], [], [], []
         number = scores.lengths.shape[0]
