@@ -365,8 +365,8 @@ def set_initial_epoch(model, epoch: int | None) -> None:
 def restore_jax_state(model, *step_arguments) -> None:
     """On JAX, restore the variables of a model from the state that a training step received.
 
-    On JAX, `fit` takes the values out of the variables. The first argument of the training step
-    contains these values.
+    On JAX, `fit` takes the values out of the variables. The training step receives these values in
+    its first argument.
     """
     if keras.backend.backend() == "jax":
         _require(model, "_jax_state")
@@ -561,7 +561,7 @@ def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> N
 
 
 def set_own_variables(optimizer, variables: list) -> None:
-    """Replace the list of the variables that an optimizer created.
+    """Replace the list in which an optimizer stores the variables that it created.
 
     The function replaces the list instead of changing it, because TensorFlow cannot save a tracked
     list whose items were removed or exchanged.
@@ -574,7 +574,8 @@ def set_own_variables(optimizer, variables: list) -> None:
 
 
 def _numbered_names(variables) -> list[tuple[str, int]]:
-    """Return (name, number) pairs. The number distinguishes variables that have the same name."""
+    """Return a pair (name, number) for each variable. The number distinguishes variables with the
+    same name."""
     seen: Counter[str] = Counter()
     names = []
     for variable in variables:
@@ -619,8 +620,8 @@ def distribution_like(variable):
     given variable.
 
     New variables of the same shape are sharded like the given variable. New variables of other
-    shapes are replicated on every device. The function compares shapes, because a path pattern for
-    a kernel in a layout map may also match the path of the kernel's mask.
+    shapes are replicated on every device. The function compares shapes instead of paths. In a
+    layout map, the path pattern for a kernel may also match the path of the kernel's mask.
     """
     present = keras.distribution.distribution()
 

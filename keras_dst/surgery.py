@@ -112,12 +112,12 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
     * DST, DCIL, ST-3, OptG and Consensus mask the weights in the forward pass. Each supported layer
       is converted to its sparse class. The model may be compiled or not. Layers inside nested,
       subclassed or wrapping layers are included. Supported layers are `Dense`, `EinsumDense` and
-      `Embedding` layers, convolutions, and the cells of recurrent layers. `EinsumDense` layers
-      inside attention layers are included, and also transposed, depthwise and separable
-      convolutions. Subclasses of supported layers are also supported. Custom layers are supported
-      if their class lists the names of the weights in `prunable_weights`. If a layer is called
-      several times, all calls use the same mask. DCIL also adds a second set of variables to every
-      batch normalization, even to layers that `filters` does not select.
+      `Embedding` layers, convolutions, and the cells of recurrent layers. Transposed, depthwise and
+      separable convolutions are included, and also the `EinsumDense` layers inside attention
+      layers. Subclasses of supported layers are also supported. Custom layers are supported if
+      their class lists the names of the weights in `prunable_weights`. If a layer is called several
+      times, all calls use the same mask. DCIL also adds a second set of variables to every batch
+      normalization, even to layers that `filters` does not select.
     * Magnitude, FlipOut, SET and RigL mask the weights in the optimizer step. The optimizer of a
       compiled model is wrapped in a `SparseOptimizer`, and the layers do not change.
 
@@ -301,7 +301,7 @@ def why_unsupported(layer, method: LayerMethod) -> str | None:
 
 
 def has_kernel(layer) -> bool:
-    """Return whether a layer has a kernel of its own. Kernels of inner layers do not count."""
+    """Return whether a layer itself has a kernel. The kernels of its inner layers do not count."""
     quantized = getattr(layer, "quantization_mode", None)
     own = [
         *_keras.trainable_variables_of(layer),

@@ -29,7 +29,8 @@ class _Guesses:
             all scalars are true.
         branches: Indices in `conditions`: one condition for each call of the function `cond`.
         rare: Calls of the function `cond`, as indices in `branches`. In these calls, `cond` takes
-            its rare branch, because the rare branch was right in the previous mask update.
+            its rare branch, because the rare branch was right in the previous run of the wrapped
+            function.
     """
 
     def __init__(self, rare: set[int]):

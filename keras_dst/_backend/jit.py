@@ -113,7 +113,8 @@ def masked(w, mask):
     if bits is None:
         return torch.where(mask, w, 0)
     if not (w.requires_grad and torch.is_grad_enabled()):
-        return (w.view(bits) * mask).view(w.dtype)  # Ten times as fast as `ops.custom_gradient`.
+        # Skip `ops.custom_gradient` if no gradient is needed. The product alone is ten times as fast.
+        return (w.view(bits) * mask).view(w.dtype)
 
     @ops.custom_gradient
     def product(w):
@@ -140,7 +141,8 @@ def sum_of_squares(x):
     if keras.backend.backend() == "torch":
         import torch
 
-        return torch.dot(flat, flat)  # `ops.dot` needs ten times as long for a small tensor.
+        # For a small tensor, `ops.dot` takes ten times as long as `torch.dot`.
+        return torch.dot(flat, flat)
     return ops.dot(flat, flat)
 
 

@@ -7,12 +7,12 @@ candidate threshold, row by row. In a large model, this counting takes nearly al
 update.
 
 On a CPU, the scores of 256 rows (a slab) are counted at once, so that temporary values fit into the
-cache. On an accelerator, the scores in all rows are counted at once. On an accelerator, a loop over
-groups of 256 rows would launch thousands of small operations. JAX fuses several counts into one
-pass over the scores, so each search step on JAX tries several candidate thresholds. In each search
-step, PyTorch would launch tens of GPU kernels and then wait for their result. On PyTorch,
-`selection.py` therefore usually selects the highest scores without a search for the threshold. All
-backends return the same masks, whether they search for the threshold or select the scores.
+cache. On an accelerator, the scores in all rows are counted at once. A loop over groups of 256 rows
+would launch thousands of small operations on an accelerator. JAX fuses several counts into one pass
+over the scores, so each search step on JAX tries several candidate thresholds. In each search step,
+PyTorch would launch tens of GPU kernels and then wait for their result. On PyTorch, `selection.py`
+therefore usually selects the highest scores without a search for the threshold. All backends return
+the same masks, whether they search for the threshold or select the scores.
 """
 
 import math
@@ -236,7 +236,7 @@ class _Ranking(Scores):
 
     def first_entries(self):
         """Return, for each bundle of tensors, the entries that the argument `first` of `top_k`
-        always keeps. The format is the argument `first` of `_with_first`."""
+        always keeps. Every item of the list can be passed to `_with_first`."""
         if max(self.first) > 1:
             flat = self.split(self.scores)
             each = _Ranking(flat, together=False)
@@ -488,8 +488,8 @@ class _Ranking(Scores):
         the threshold, or if the weight is always kept."""
         count = self._count_scores(thresholds)
         # In each tensor, two sets of entries are kept: the entries above the threshold, and the
-        # entries that are always kept. Both sets hold the highest scores, so the larger set
-        # contains the smaller set.
+        # entries that are always kept. Both sets hold the highest scores, so one set contains the
+        # other, and the count is the size of the larger set.
         if self.first_weights is not None:
             count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)

@@ -173,9 +173,9 @@ def _limits(scores: Scores) -> list[int]:
         return [b.tensor.shape[0] * ROW_WIDTH for b in scores.bundles]
 
     def limit(length, total):
-        # The two bounds are scores of the sorted sample. Their positions are 2 * `_DEVIATIONS`
-        # standard deviations of the threshold's position apart. One standard deviation is at most
-        # half the square root of the sample's size.
+        # The position of the threshold in the sorted sample has a standard deviation of at most
+        # half the square root of the sample's size. The positions of the two bounds are 2 *
+        # `_DEVIATIONS` such standard deviations apart.
         share = _DEVIATIONS / math.sqrt(total / _STRIDE)
         most = share * min(1.5 * total, _CONCENTRATION * length)
         return min(length, math.ceil(most) + 32 * _DEVIATIONS * _STRIDE)

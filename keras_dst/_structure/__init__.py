@@ -1,6 +1,7 @@
 """`shrink` removes dead channels from a model, and `shrink_report` explains the result.
 
-`shrink` has three passes. Every pass works on a graph without nested models (`graph.py`):
+`shrink` has three passes. All passes work on a graph of the model in which nested models are
+flattened (`graph.py`):
 
 1. Constant propagation (`plan.py`, `handlers.py`): find the channels whose value does not depend
    on the input. For example, a unit with zero weights always returns its activated bias.
@@ -15,7 +16,8 @@
 `handlers.py`, `mixing.py` (normalization over channels, attention) and `indexing.py` (reductions,
 slices, splits, padding). `coupling.py` describes the coupled channels as plain data, for training
 and for users. `pipeline.py` runs the passes and compares the outputs of the given and the smaller
-model. `explain.py` finds the reasons why dead channels are kept, and `report.py` prints them.
+model. `explain.py` finds the reasons why dead channels are kept, and `report.py` prints the
+reasons.
 """
 
 from keras_dst._structure.coupling import ChannelGroup, CoupledChannels, channel_groups

@@ -69,9 +69,9 @@ class _Builder:
         return layers.Rescaling(1.0, constants.tolist(), name=name, dtype=dtype)(tensor)
 
     def _apply(self, handler: ChannelHandler, args: tuple, kwargs: dict):
-        """Call an operation of the smaller model: the replacement of `handler.op`.
+        """Call the operation of the smaller model that replaces `handler.op`.
 
-        The first call for an operation creates the replacement.
+        The method creates the replacement when an operation is called for the first time.
         """
         op, removed = handler.op, self.plan.removed
         if id(op) in self.operations or not handler.can_slice:

@@ -46,7 +46,8 @@ def original_variables(op, copy) -> dict[int, Any]:
 
 
 def copy_operation(op, name: str, share: bool = False):
-    """Return a copy of an operation with the same state, under a new name, outside of any graph.
+    """Return a copy of an operation. The copy has the same state and a new name, and belongs to no
+    graph.
 
     For a Keras layer with weights, the function creates a new layer and copies the values of the
     variables. Copies of layers without weights, of custom layers, and of layers with state outside
@@ -99,7 +100,7 @@ def copy_recurrent_state(layer, copy) -> None:
 
 def _rebuilt_copy(layer, **changes):
     """Return a built copy of a layer, or None if the copy's variables differ in shape."""
-    if isinstance(layer, SparseContainer):  # Its config lists the inner layers with masks.
+    if isinstance(layer, SparseContainer):  # Its config also describes the inner sparse layers.
         copy = type(layer).from_config(layer.get_config())
     else:
         config = {**live_config(layer), **changes}

@@ -1,4 +1,4 @@
-"""Channels of a model, grouped by the layers from which they are removed together.
+"""Groups of channels that `shrink` removes from the same layers.
 
 `channel_groups` returns the groups as plain data. Training masks a channel in all layers of its
 group, and `shrink` then removes exactly the masked channels.
@@ -25,7 +25,7 @@ _HEADINGS = ("channels >", "made by", "coupled by", "reason to stay")
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that the same variables compute and read.
+    """Group of channels that are computed by the same variables and read by the same variables.
 
     If several layers compute the channels, a removed channel is removed from all these layers. All
     channels of a group cost the same number of parameters and FLOPs.
@@ -39,7 +39,7 @@ class ChannelGroup:
             string if a single layer computes the channels.
         reason: Reason why the channels cannot be removed, or an empty string if they can be
             removed.
-        width: Number of channels for which one id stands. Most groups have a width of 1.
+        width: Number of channels that share one id. The width of most groups is 1.
     """
 
     ids: np.ndarray
@@ -55,7 +55,8 @@ class ChannelGroup:
 
 @dataclass(frozen=True, eq=False)
 class CoupledChannels:
-    """All channels of a model, grouped by the layers from which they are removed together.
+    """All channels of a model, in groups. `shrink` removes the channels of a group from the same
+    layers.
 
     Every channel has an integer id. `Member.axes` lists the ids along each axis of a variable. If
     two slices of variables have the same id, both slices are kept, or both are removed. The
@@ -65,10 +66,11 @@ class CoupledChannels:
     To prune channels, create a boolean array `dead` with one entry per id, which is True for pruned
     channels. Then change every `member` in `members`:
 
-    * If `member.output` is not None, let `ids` be `member.axes[member.output]`. Set the entries of
-      `member.variable` to zero for which `dead[ids]` is True along the axis `member.output`.
-    * If `member.follows` is True, `member.axes` contains a single axis, with its `ids`. Set the
-      entries of `member.variable` to zero for which `dead[ids]` is True along this axis.
+    * If `member.output` is not None, let `ids` be `member.axes[member.output]`. Set
+      `member.variable` to zero at all indices of the axis `member.output` at which `dead[ids]` is
+      True.
+    * If `member.follows` is True, `member.axes` maps a single axis to its `ids`. Set
+      `member.variable` to zero at all indices of this single axis at which `dead[ids]` is True.
 
     All dead channels are then exactly zero, and `shrink` can remove all dead channels. The saliency
     of a channel is the sum of the saliencies of all weight entries that have the channel's id along
@@ -81,7 +83,8 @@ class CoupledChannels:
             groups whose channels cannot be removed.
         count: Number of ids.
         uses: Dict that maps the id of each prunable variable to its use count: how often each entry
-            is multiplied for one sample. A use count is None if it is unknown.
+            is multiplied for one sample. The use count is None if the number of multiplications is
+            unknown.
         other_parameters: Number of parameters in the variables that `members` does not list.
         other_flops: FLOPs of the variables that `members` does not list, or None if the FLOPs are
             unknown.
@@ -115,7 +118,8 @@ class CoupledChannels:
 
 
 def channel_groups(model) -> CoupledChannels:
-    """Return the channels of a model, grouped by the layers from which they are removed together.
+    """Return all channels of a model, in groups. `shrink` removes the channels of a group from the
+    same layers.
 
     Channels are coupled by sums and products, by depthwise and grouped convolutions, by
     normalizations, and by layers that are called several times. Training with `pattern="channel"`

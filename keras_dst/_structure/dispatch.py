@@ -97,7 +97,7 @@ _HANDLERS: dict[type, type[ChannelHandler]] = {
 # Class names of operations and layers that Keras does not export.
 _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
     **dict.fromkeys(MERGE_VERBS, ElementwiseMerge),
-    "CustomScaleLayer": ElementwiseMerge,  # layer of InceptionResNetV2: x + scale * y
+    "CustomScaleLayer": ElementwiseMerge,  # This layer of InceptionResNetV2 computes x + scale * y.
     "Add": Addition,  # Class name of the layer `Add` and of the operation `x + y`.
     "Concatenate": Concatenation,
     "Stack": Stack,

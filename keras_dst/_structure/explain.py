@@ -100,7 +100,8 @@ class _ReasonFinder:
         return self.plan.names[id(handler.op)]
 
     def _coupled(self, handler: ChannelHandler, channel: int) -> str:
-        """Return the names of the layers whose values for the given channel are not constant."""
+        """Return the names of all layers that compute a non-constant value for the given
+        channel."""
         tensors = [
             x for x in (*handler.call.inputs, *handler.called_on) if channel in _varying_ids(x)
         ]

@@ -15,7 +15,7 @@ from keras_dst._structure.copies import dense_copy, original_variables
 from keras_dst.layers import Gate
 from keras_dst.surgery import check_model
 
-UNKNOWN = np.nan  # Marks a channel whose value depends on the input.
+UNKNOWN = np.nan  # NaN stands for a channel value that depends on the input.
 
 
 @dataclass(eq=False)
@@ -77,7 +77,8 @@ class Call:
         kwargs: Keyword arguments, without masks that Keras passes automatically.
         outputs: The output tensors.
         prefix: Names of the nested models that contain the call, joined by underscores.
-        constant_terms: Constant inputs of an addition, which the smaller model does not compute.
+        constant_terms: Constant inputs of an addition. The smaller model does not compute these
+            inputs.
     """
 
     op: Any
@@ -107,7 +108,7 @@ class Call:
         )
 
     def view_along(self, axis: int) -> None:
-        """Replace each input tensor of the call by its view with the channels along `axis`."""
+        """Replace each input tensor of the call by a view whose channel axis is `axis`."""
         inputs = self.inputs
         self.args, self.kwargs = self.map(lambda x: x.along(axis) if _contains(inputs, x) else x)
 
@@ -126,8 +127,8 @@ def check_graph(model) -> None:
 def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor], dict[int, Any]]:
     """Return the operation calls, output tensors and variables of a model and its nested models.
 
-    In the returned calls, each sparse layer is replaced by a dense copy. The returned dict maps the
-    id of each variable of a dense copy to the corresponding variable of the sparse layer.
+    The returned calls contain a dense copy in place of each sparse layer. The returned dict maps
+    the id of each variable of a dense copy to the corresponding variable of the sparse layer.
     """
     calls: list[Call] = []
     dense: dict[int, Any] = {}

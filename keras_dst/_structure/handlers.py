@@ -38,7 +38,7 @@ class ChannelHandler:
     """
 
     can_slice = False  # Whether the handler creates the layer again with fewer channels.
-    makes_channels = False  # True for layers with new output channels, such as `Dense`.
+    makes_channels = False  # True for layers that compute new channels, such as `Dense`.
 
     def __init__(self, call: Call, reason: str = ""):
         self.call, self.op, self.reason = call, call.op, reason
@@ -95,7 +95,7 @@ class ChannelHandler:
         """Call an operation of the smaller model, and return its output.
 
         Args:
-            operation: The operation, which has the kept channels only.
+            operation: The replacement of the handler's operation, with only the kept channels.
             args: Positional arguments of the call, with the tensors of the smaller model.
             kwargs: Keyword arguments of the call, with the tensors of the smaller model.
             removed: Boolean array that is True for each set of coupled channels that is removed.
@@ -135,8 +135,7 @@ class ChannelHandler:
         """Return the reason why a constant input channel does not stay constant in the output.
 
         Args:
-            others: Names of layers with a non-constant channel that is coupled to the constant
-                channel.
+            others: Names of the layers in which a coupled channel is not constant.
         """
         if others and len(self.called_on) > 1:
             return f"is also called on {others}, whose channel is in use; {_SAME_CHANNEL}"
@@ -197,8 +196,8 @@ class Elementwise(ChannelHandler):
             return ops.convert_to_tensor(values, x.dtype)
 
         args, kwargs = self.call.map(sample)
-        # The called layer belongs to the user's model. A stateless scope prevents changes of the
-        # layer's variables.
+        # The handler calls a layer of the user's model. A stateless scope keeps the layer's
+        # variables unchanged.
         with keras.StatelessScope():
             found = to_float64(self.op(*args, **kwargs))
         found = np.moveaxis(found, y.axis, -1).reshape(-1, y.channels)
@@ -458,7 +457,7 @@ class KernelLayer(ChannelHandler):
 
     @property
     def layer(self):
-        """The Keras layer whose kernel is sliced."""
+        """The Keras layer that owns the kernel, such as the layer inside a wrapper."""
         return self.op
 
     @property
@@ -562,8 +561,8 @@ class KernelLayer(ChannelHandler):
         return int(best.argmax())
 
     def _removed_constants(self, removed: np.ndarray) -> np.ndarray:
-        """Return an array with the constant values of the removed input channels that kept units
-        read. All other entries of the array are 0."""
+        """Return one value per input channel: the constant value if the channel is removed although
+        kept units read the channel, otherwise 0."""
         lost = removed[self.x.ids] & self.reads[:, ~removed[self.unit_ids]].any(1)
         return np.where(lost, np.nan_to_num(self.common_constant()), 0.0)
 
@@ -586,7 +585,8 @@ class KernelLayer(ChannelHandler):
         return self._to_layer_axes(weights) + [bias[units]] * config["use_bias"]
 
     def _sliced(self, kept: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
-        """Return the kept input channels and units of each kernel, in the axis order of `w`."""
+        """Return each kernel with only the kept input channels and units, in the axis order of
+        `w`."""
         return [self.w.compress(kept, -2).compress(units, -1)]
 
     def _to_layer_axes(self, weights: list[np.ndarray]) -> list[np.ndarray]:

@@ -140,7 +140,7 @@ class Attention(ChannelHandler):
 
     @property
     def fixed_width(self) -> bool:
-        """Whether the layer always has as many output channels as its query."""
+        """Whether the layer always has as many output channels as its query input."""
         return not hasattr(self.op, "num_heads")
 
     def relabel(self, roots: np.ndarray) -> None:
@@ -180,8 +180,7 @@ class Attention(ChannelHandler):
         return needed & (x.constant != 0)
 
     def needed_inside(self, removed: np.ndarray) -> np.ndarray:
-        """Return the ids of the attention heads that have nonzero values and that a kept unit
-        reads."""
+        """Return the ids of the attention heads that compute nonzero values for a kept unit."""
         value, output = self.projections["value"], self.projections["output"]
         filled = np.any(to_float64(value.kernel) != 0, axis=(0, 2))
         if value.bias is not None:

@@ -85,8 +85,8 @@ class ShrinkReport:
         latency_after: Latency of the smaller model for one sample, in seconds, or None if the
             latency was not measured.
         layers: Layers that compute new channels, such as `Dense` and `Conv2D`.
-        groups: Channels of the model, grouped by the layers from which they are removed together.
-            The printed table shows only groups with several layers.
+        groups: Groups of channels that `shrink` removes from the same layers. The printed table
+            shows only groups with several layers.
 
     Example:
         >>> print(keras_dst.shrink_report(model))
@@ -225,8 +225,8 @@ def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, Shrink
 
 
 def _latencies(*models: keras.Model, runs: int = 50, warmup: int = 5) -> list[float | None]:
-    """Return the median latency of each model in seconds. The function alternates between the
-    models."""
+    """Return the median latency of each model in seconds. In each run, the function calls every
+    model once."""
     (inputs,) = random_inputs(models[0], batch=1)
     calls = [inference(model) for model in models]
     times = np.zeros((warmup + runs, len(calls)))

@@ -27,8 +27,8 @@ class Member:
             output exactly zero. `follows` is True for a bias, for example, and False for kernels
             and for moving variances.
         shrinks: False if the variable keeps its size when channels are removed. For example, the
-            variables of a layer normalization keep their size, because removed channels still count
-            as zeros.
+            variables of a layer normalization keep their size, because the smaller model fills in
+            zeros for the removed channels.
         layer: Name of the layer.
     """
 
@@ -101,8 +101,8 @@ class ChannelUnions:
         return roots
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
-        """Return a dict of the reasons why sets of coupled channels cannot be removed. The key of
-        each reason is the smallest channel id of the set.
+        """Return a dict of the reasons why sets of coupled channels cannot be removed. The keys are
+        the smallest channel ids of the sets.
         """
         found: dict[int, str] = {}
         for ids, reason in self._pinned:

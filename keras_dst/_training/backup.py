@@ -41,7 +41,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     batches after the backup.
 
     Args:
-        backup_dir: Folder of the backups, which no other training run uses.
+        backup_dir: Folder of the backups. Use a separate folder for each training run.
         save_freq: `"epoch"`, or the number of batches between two backups. Defaults to `"epoch"`.
         delete_checkpoint: Whether the backup is deleted when training ends. Defaults to True.
 

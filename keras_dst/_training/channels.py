@@ -15,9 +15,9 @@ from keras_dst.masks import Layout, masked
 from keras_dst.methods import channels
 from keras_dst.methods.base import Method, UnitMethod
 
-# Variable that is pruned together with channels, as a tuple: the variable, the axis of the
-# channels, and the channel index of each entry of this axis. The channel index is -1 for an entry
-# that is never pruned.
+# A follower is a variable that is pruned together with channels, such as a bias. The tuple holds
+# the variable, the axis of the channels, and the channel index of each entry along the axis. The
+# channel index is -1 for an entry that is never pruned.
 Follower = tuple[Any, int, np.ndarray]
 
 
@@ -149,8 +149,8 @@ def _uncoupled(model, method: Method, layouts) -> Coupling:
         "not know which channels have to be removed together. The channels of each layer are "
         "ranked separately. Layers whose outputs are added therefore keep different channels, so "
         "`shrink` can remove only few channels. The layers that compute the outputs of the model "
-        "are pruned, too. Pass the layers whose channels are removed together to the method as "
-        "groups, name the layers to prune with filters, or build a Functional model.",
+        "are pruned, too. List the layers whose channels are removed together in the argument "
+        "groups of the method, name the layers to prune with filters, or build a Functional model.",
         stacklevel=2,
     )
     return Coupling(list(layouts), [], [])
@@ -194,11 +194,11 @@ def _with_channels(weight, layout: Layout, member, numbers, groups) -> Layout:
 
 
 def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndarray]:
-    """Return the arrays `shares` and `costs`, which are arguments of `ChannelGroups`."""
+    """Return the arrays that `ChannelGroups` receives as `shares` and `costs`."""
     owner = np.append(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
     stays = np.eye(len(sizes) + 1)[-1]
-    # The first entry describes one weight that is always kept. Its cost is the total cost of all
-    # variables that never lose channels.
+    # The first entry of both lists stands for all variables that never lose channels. Its cost is
+    # the total cost of these variables.
     shares, costs = [[stays, stays]], [[coupled.other_parameters, coupled.other_flops]]
     for member in coupled.members:
         size = int(np.prod(member.variable.shape))

@@ -239,8 +239,8 @@ def _compiled_functions(method, layouts, shapes):
         # A callback may have assigned nonzero values to pruned weights.
         if isinstance(method, UpdateMethod):
             masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
-        # Return the counts of all weights in one tensor. If the host read each count separately, it
-        # would wait for the device once per weight.
+        # Stack the counts of all weights. If the host read each count separately, it would wait for
+        # the device once per weight.
         counts = ops.stack([count_all_true(mask) for mask in masks])
         if not groups:
             return counts, None
@@ -267,7 +267,9 @@ class Driver:
         self.size = sum(math.prod(shape) for shape in self.shapes)
         self.schedule = method.schedule
         self.total: int | None = None
-        self.clock: Any = None  # Clock of mask updates; None until the training length is known.
+        # Object that knows the steps of the mask updates, or None before the length of training is
+        # known.
+        self.clock: Any = None
         self._update, self._kept = _compiled_functions(method, tuple(layouts), tuple(self.shapes))
         # For each weight, the cost of one entry, such as its FLOPs. The target sparsity is a
         # fraction of the total cost. If `costs` is None, all entries have the same cost.
@@ -283,7 +285,7 @@ class Driver:
 
     def read_progress(self) -> tuple[int, int]:
         """Return the last stored step and the stored length of the schedule in steps. Before
-        training, both numbers are 0."""
+        training, the step and the length are 0."""
         raise NotImplementedError
 
     def write_progress(self, step: int, total: int) -> None:
@@ -297,8 +299,8 @@ class Driver:
     def reapply_masks(self) -> None:
         """Apply the current masks to the weights again, after a callback assigned other values.
 
-        The override in `OptimizerDriver` masks the weights. Sparse layers apply their masks in
-        every forward pass, so the override in `LayerDriver` only calls `mask_followers`.
+        In `OptimizerDriver`, this method masks the weights. In `LayerDriver`, this method only
+        calls `mask_followers`, because sparse layers apply their masks in every forward pass.
         """
 
     def recover(self, batches: int, expected: float) -> None:
@@ -373,7 +375,7 @@ class Driver:
         """Set the length of the schedule, which becomes known after the first epoch."""
         if self.schedule is None or self.total is not None:
             return
-        # If the clock is still None, no mask has been updated since the start of `fit`.
+        # If `self.clock` is still None, no mask has been updated since `fit` started.
         late = self.clock is None
         self.total = length
         self._plan(fit, epoch)
@@ -405,7 +407,8 @@ class Driver:
         return self.clock.is_due(self.last, step) or any(self.last < end <= step for end in ends)
 
     def advance(self, batches: int) -> None:
-        """Update the masks to the scheduled sparsity after `batches` batches of `fit`."""
+        """Update the masks to the sparsity that the schedule has after `batches` batches of
+        `fit`."""
         step = self.last = self.start + batches
         # Methods that learn thresholds or scores receive the target sparsity of the next update, so
         # that training has time to reach the target.
@@ -523,8 +526,8 @@ class Driver:
     def measure(self) -> tuple[float, float]:
         """Return the total number of entries that the masks keep, and the result of `reached()`.
 
-        Both numbers are computed from the same masks. If the method has no coupled channels, the
-        host waits for the device only once.
+        The count and the sparsity are computed from the same masks. If the method has no coupled
+        channels, the host waits for the device only once.
         """
         found, alive = self._kept(*self._values())
         counts = ops.convert_to_numpy(found).tolist()
@@ -592,9 +595,9 @@ class LayerDriver(Driver):
             self.costs = [c for c in costs if c is not None] or None
 
     # The optimizer counts the steps, and its counter is part of every checkpoint. A sparse layer
-    # stores its own step count, and the value that the counter had at this step. With these two
-    # numbers, the layer can continue its own count after `compile` resets the counter of the
-    # optimizer.
+    # stores its own step count and the value of the optimizer's counter at that step. When
+    # `compile` resets the optimizer's counter, the layer continues its own count from these two
+    # numbers.
 
     def _iterations(self) -> int:
         optimizer = _optimizer_of(self.model, self.weights)

@@ -1,12 +1,12 @@
 """Replacement of attributes of a model while `fit` runs, and their restoration after `fit` ends.
 
 Keras calls no hook when `fit` raises an exception. However, Keras's `fit` keeps the logs of the
-last training step in a local variable. The training step is therefore patched: its logs refer to a
-small object, the token. Python frees the logs and the token when `fit` returns or raises an
-exception. A finalizer of the token then restores the attributes of the model. While an exception
-from `fit` is handled, its traceback keeps the local variables of `fit` alive. In this case, the
-patched methods stay on the model until Python frees the exception. The patched methods behave like
-the original methods, except that files are written atomically.
+last training step in a local variable. The training step is therefore patched, so that its logs
+hold a reference to a small object, the token. Python frees the logs and the token when `fit`
+returns or raises an exception. A finalizer of the token then restores the attributes of the model.
+While an exception from `fit` is handled, its traceback keeps the local variables of `fit` alive. In
+this case, the patched methods stay on the model until Python frees the exception. The patched
+methods behave like the original methods, except that files are written atomically.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class ActiveFit:
         self.model.train_function = patched_step
 
     def begin_epoch(self) -> None:
-        """Apply the patches, but only in a custom training loop. In `fit`, the first step applies
-        them."""
+        """Apply the patches, but only in a custom training loop. In `fit`, the first training step
+        applies the patches."""
         if not self._is_fit:
             self._apply()
 
@@ -125,7 +125,7 @@ class ActiveFit:
     def is_patched(self) -> bool:
         """True if a callback has registered a patch for this `fit`.
 
-        The result is False if the only patch is the patch that skips batches.
+        A patch that only skips batches does not count.
         """
         return bool(self._patches or self._drivers)
 
@@ -185,8 +185,8 @@ class ActiveFit:
     def _with_token(self, logs):
         """Return a copy of the logs of a training step, with a `_Token` as an attribute.
 
-        When `fit` ends, Python deletes the logs and the token. A finalizer of the token then
-        restores the original attributes.
+        When `fit` ends, Python deletes the logs and the token. The token has a finalizer, which
+        then restores the original attributes of the model.
         """
         if not isinstance(logs, dict):
             return logs
@@ -217,7 +217,7 @@ class _Token:
 
 
 class _Logs(dict):
-    """Logs dict of a training step, with an additional attribute for the `_Token`."""
+    """Dict with the logs of a training step, and with an attribute that holds a `_Token`."""
 
     token: _Token
 

@@ -59,7 +59,7 @@ def with_named_groups(
             )
         if not any(member.output for member in found):
             raise ValueError(
-                f"groups: expected at least one weight that {method!r} prunes in {list(names)}. "
+                f"groups: expected that {method!r} prunes at least one weight of {list(names)}. "
                 f"Received only: {', '.join(widths)}. Add the layer that computes the channels."
             )
         ids = np.arange(count, count + next(iter(widths.values())))
@@ -119,7 +119,7 @@ def _output_axis(variable, layout: Layout, axis: int | None) -> int:
     if axis is not None or len(outputs) != 1:
         raise ValueError(
             f"groups: expected one axis of output channels of {variable.path}, which has the shape "
-            f"{tuple(variable.shape)}. Received: axis={axis}. Pass a pair of the path and one of "
+            f"{tuple(variable.shape)}. Received: axis={axis}. Pass a pair (path, axis) with one of "
             f"the axes {layout.outputs}."
         )
     return outputs[0]

@@ -163,8 +163,8 @@ def _check_installed() -> None:
 
 
 class _Events:
-    """Event file that is written without delay. If the process is killed, no finished record is
-    lost."""
+    """Event file to which every record is written immediately. If the process is killed, the file
+    keeps all previous records."""
 
     def __init__(self, log_dir: str):
         from tensorboardX.event_file_writer import EventsWriter

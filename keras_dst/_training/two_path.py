@@ -35,8 +35,8 @@ class TwoPathLoss:
     Args:
         model: Model that is trained.
         divergence: Function that receives the logits of the pruned path and the logits of the full
-            path, with the classes on the last axis. The function returns the divergence between the
-            two for every vector of logits. If None, the loss has no divergence term.
+            path, with the classes on the last axis. For every vector of logits, the function
+            returns the divergence between both paths. If None, the loss has no divergence term.
         on_trace: Function that is called each time Keras traces a training step.
         inner: Original `compute_loss` method, which `TwoPathLoss` replaces.
         takes_training: Whether `inner` takes the argument `training`.
