@@ -113,7 +113,7 @@ def masked(w, mask):
     if bits is None:
         return torch.where(mask, w, 0)
     if not (w.requires_grad and torch.is_grad_enabled()):
-        # Skip `ops.custom_gradient` if no gradient is needed. The product alone is ten times as fast.
+        # Without gradients, skip `ops.custom_gradient`, which takes ten times as long.
         return (w.view(bits) * mask).view(w.dtype)
 
     @ops.custom_gradient
