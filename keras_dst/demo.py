@@ -24,8 +24,8 @@ def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
     Args:
         epochs: Number of epochs of each training run. Defaults to 40.
         seed: Seed of each training run. Defaults to 0.
-        keep: Path where the sparse `.tflite` file is saved. Defaults to None, which deletes the
-            file.
+        keep: Path where the sparse `.tflite` file is saved. Defaults to None: the file is deleted
+            after the demo.
 
     Returns:
         A dict of the numbers in the printed table: accuracies, file sizes in bytes, the latency

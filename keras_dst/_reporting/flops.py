@@ -1,5 +1,4 @@
-"""Count how often each weight is multiplied for one sample. FLOPs are computed from these
-counts."""
+"""Count how often each weight is multiplied for one sample, to compute the FLOPs of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ Shape = tuple[int, ...]
 
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
-# Custom layers look up or add the weights whose names have these endings, but do not multiply them.
+# Endings of the names of weights that custom layers look up or add, but do not multiply.
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
 # Batch size of the symbolic call if the Input does not define the batch size. The batch size is
@@ -30,7 +29,7 @@ _TABLES = re.compile(r"(embeddings?|tokens?)$")
 _BATCH = 2
 # FLOPs are counted twice: unknown sizes of the inputs are first set to 128, then to 256. If the
 # results differ, the FLOPs depend on the unknown sizes, and the report contains no FLOPs. A model
-# with a short position embedding rejects inputs of these sizes, so smaller pairs of sizes are tried
+# with a short position embedding rejects the sizes 128 and 256, so smaller pairs of sizes are tried
 # next.
 _SIZES = ((128, 256), (32, 64), (8, 16), (2, 4))
 
@@ -39,8 +38,8 @@ def count_uses(model) -> dict[int, tuple[int | None, str | None]]:
     """Return a dict that maps the id of each prunable variable to its use count.
 
     A use count is the number of times that each entry of a weight is multiplied for one sample.
-    Each value of the dict is a pair `(count, reason)`. If the count is unknown, `count` is None and
-    `reason` explains why. Otherwise `reason` is None.
+    Each value of the dict is a pair `(count, reason)`. If the use count is unknown, `count` is None
+    and `reason` explains why. Otherwise `reason` is None.
     """
     weights = [weight for weight in weights_of(model) if weight.prunable]
     return {
@@ -67,7 +66,7 @@ def sum_known(counts: list[int | None]) -> int | None:
 
 
 class _UnknownCount(Exception):
-    """Error that states why a use count is unknown."""
+    """Error that states why the use count of a weight is unknown, see `count_uses`."""
 
 
 @dataclass
@@ -92,9 +91,9 @@ class _Trace(keras.Operation):
         self.repeats = 1
 
     def call(self, args, kwargs):
-        # On PyTorch, Keras first calls the model on the meta device. If this call fails, Keras
-        # calls the model on another device. Discard the layer calls that were recorded in the
-        # failed call.
+        # On PyTorch, Keras first calls the model on the meta device. If the call on the meta device
+        # fails, Keras calls the model on another device. Discard the layer calls that were recorded
+        # in the failed call.
         self.calls.clear()
         self.model(*args, training=False, **kwargs)
         return []
@@ -130,7 +129,7 @@ class _Trace(keras.Operation):
             return output
 
         # The number of recorded calls of an RNN cell differs between backends. Therefore record one
-        # call of the cell, and multiply its FLOPs by the number of time steps.
+        # call of the RNN cell, and multiply the FLOPs of this call by the number of time steps.
         @functools.wraps(call)
         def record_step(sequences, *args, **kwargs):
             with self._repeat(sequences.shape[1]):
@@ -155,8 +154,8 @@ def _shapes(structure) -> list[Shape]:
 
 
 def count_uses_per_weight(model, weights: list[Weight]) -> list[tuple[int | None, str | None]]:
-    """Return a pair for each weight: the use count and None, or None and the reason why the use
-    count is unknown. See `count_uses`."""
+    """Return a pair for each weight: (use count, None), or (None, reason) if the use count is
+    unknown. See `count_uses`."""
     recorded_layers = {id(layer): layer for weight in weights for layer in weight.layers}
     recorded_layers |= {id(x): x for x in _keras.flatten_layers(model) if isinstance(x, layers.RNN)}
     try:
@@ -263,7 +262,8 @@ def _positions(layer, variable, call: _Call) -> int:
 
 
 def _grid_points(layer, shape: Shape) -> int:
-    """Return the number of positions (batch x space or time) in a tensor of a convolution."""
+    """Return the product of all axes of a convolution's input or output, except the channel
+    axis."""
     first = getattr(layer, "data_format", None) == "channels_first"
     return math.prod(shape[:1] + shape[2:] if first else shape[:-1])
 

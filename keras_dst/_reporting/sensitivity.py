@@ -294,7 +294,7 @@ class _Kernel:
     def assign(self, weight) -> None:
         """Assign a value to the variable.
 
-        Raise ValueError if the mask that the layer computes changes the assigned value.
+        Raise ValueError if the masked weight, as in the forward pass, then differs from the value.
         """
         self.variable.assign(weight)
         if self.effective is not None and ops.any(

@@ -230,9 +230,10 @@ def report(model, groups: bool = False) -> SparsityReport:
     prunable weights are the masked weights and all other kernels, including frozen kernels.
 
     FLOPs are counted for inference on one sample, and only for prunable weights. A multiplication
-    and an addition count as 2 FLOPs. Multiplications with padding are counted too. FLOPs are
-    counted in a symbolic call of the model. A shared layer therefore counts once per call, and an
-    RNN cell once per time step. A layer that is not called in inference counts as 0 FLOPs.
+    and an addition count as 2 FLOPs. Multiplications of weights by the padding of an input are
+    counted too. FLOPs are counted in a symbolic call of the model. A shared layer therefore counts
+    once per call, and an RNN cell once per time step. A layer that is not called in inference
+    counts as 0 FLOPs.
 
     FLOPs are None if they depend on a size that the input shape does not define. FLOPs are also
     None for a custom layer whose weight is neither a convolution kernel nor a matrix over the last
@@ -298,7 +299,7 @@ def _table_cells(parameters, nonzeros, *flops) -> list[str]:
 
 
 def _bytes_each(dtype: str) -> int:
-    # Most dtype names, such as bfloat16, contain the number of bits. The exception is "bool", whose
-    # values take one byte each.
+    # Most dtype names, such as bfloat16, contain the number of bits. The name "bool" contains no
+    # number, and a boolean takes one byte.
     bits = re.search(r"\d+", dtype)
     return max(int(bits[0]) // 8, 1) if bits else 1

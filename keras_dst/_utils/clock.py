@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 _FEWEST_UPDATES = 20  # Minimum number of mask updates if the user gives no frequency.
-# Minimum number of steps between two mask updates of a method that learns its sparsity. The
-# sparsity needs several steps to respond to an update.
+# Minimum number of steps between two mask updates of a method that learns its sparsity. A learned
+# sparsity needs several steps to respond to a mask update.
 _LEARNED_RESPONSE = 5
 
 
@@ -57,8 +57,8 @@ def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None
     Args:
         method: The pruning method, a `methods.Method`.
         schedule: `Schedule` of the target sparsity in the training run.
-        total: Number of steps in the training run, or None if the schedule is given in steps.
-            Defaults to None.
+        total: Number of steps in the training run, or None if the number is unknown. Defaults to
+            None.
         epoch: Number of steps in an epoch, for methods that update masks once per epoch. Defaults
             to None.
     """

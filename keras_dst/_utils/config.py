@@ -52,8 +52,8 @@ class Configurable:
         return type(self) is type(other) and self.get_config() == other.get_config()
 
     def __hash__(self):
-        # Equal objects must have equal hashes. Two objects are equal even if one was created with
-        # the argument 0, and the other with 0.0. Therefore compute the hash from the class alone.
+        # Equal objects must have equal hashes. Two objects that were created with the arguments 0
+        # and 0.0 are equal. The hash is therefore computed from the class alone.
         return hash(type(self))
 
     def __repr__(self):

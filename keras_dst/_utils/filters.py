@@ -10,8 +10,8 @@ import keras
 
 Filters = str | Sequence[str] | Callable[[Any], bool] | None
 
-# Variables with these names are not kernels, although they can have two or more axes. For example,
-# they are biases of attention heads, states of pruning methods, or LoRA factors.
+# Variables with these names are not kernels, although they can have two or more axes. Examples of
+# such variables are biases of attention heads, states of pruning methods, and LoRA factors.
 _NOT_PRUNED = re.compile(
     r"(^|_)(bias|beta|gamma|scale|threshold|scores?|anchor|alpha|control|lora_\w+_[ab])$"
 )
@@ -54,7 +54,7 @@ def select(
             expressions. A function that receives an item and returns a bool is also accepted. None
             selects all items.
         names: For each item, a tuple of all names by which a filter can select the item. Error
-            messages list only the first name of each item.
+            messages list only the first name in each tuple.
         argument: Name of the argument in which the user passed the filter, for error messages.
             Defaults to "filters".
 

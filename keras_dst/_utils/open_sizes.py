@@ -16,8 +16,8 @@ def accepted_size(draw: Callable[[int], Any], run: Callable[[Any], Any], fix: st
     a sequence, and strides require a minimum size of images.
 
     Args:
-        draw: Function that returns random inputs of the model. It receives the size of all unknown
-            axes.
+        draw: Function that receives the size of all unknown axes, and returns random inputs of the
+            model.
         run: Function that runs the model on inputs.
         fix: Last part of the error message, which says how to avoid the error.
 

@@ -63,7 +63,7 @@ def type_name(tensor: schema.TensorT) -> str:
 
 
 def shape(tensor: schema.TensorT) -> tuple[int, ...]:
-    """Return the shape of a tensor. In this shape, dynamic axes have size 1."""
+    """Return the shape of a tensor, with size 1 for every dynamic axis."""
     return () if tensor.shape is None else tuple(map(int, tensor.shape))
 
 
@@ -82,16 +82,16 @@ def values(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
     """Return the dense array of a sparse tensor in any encoding of TensorFlow Lite.
 
-    The encoding describes each axis of the tensor, followed by each axis inside a block. The field
-    `traversalOrder` lists these axes from the outermost to the innermost. Each axis is encoded as
-    dense or as sparse. For a sparse axis, the file stores the indices of the nonempty entries, as
-    in CSR.
+    The encoding describes first the axes of the tensor, and then the axes inside a block. The field
+    `traversalOrder` lists both kinds of axes, from the outermost to the innermost. Each axis is
+    encoded as dense or as sparse. For a sparse axis, the file stores the indices of the nonempty
+    entries, as in CSR.
     """
     sparsity, rank = tensor.sparsity, len(shape(tensor))
-    # Position of each stored entry in the part of the encoding that the loop has read. After the
-    # last axis, the positions are indices into `entries`.
+    # Positions of the stored entries along the last axis that the loop below has read. When the
+    # loop ends, the positions are indices into `entries`.
     positions = np.zeros(1, np.int64)
-    # For each axis that the loop has read, one array with the index of each stored entry along the
+    # List with one array per axis that the loop has read: the index of each stored entry along the
     # axis.
     found: list[np.ndarray] = []
     for axis in sparsity.dimMetadata:
@@ -136,7 +136,7 @@ def encoding(tensor: schema.TensorT) -> str:
     """Return the encoding of a constant, such as ``"dense"``, ``"csr"``, ``"1x4"`` or ``"sparse"``.
 
     CSR stores single nonzero values along the last axis. 1xN stores blocks of N consecutive values
-    along the last axis. The name ``"sparse"`` is returned for every other sparse encoding.
+    along the last axis. All other sparse encodings have the name ``"sparse"``.
     """
     if tensor.sparsity is None:
         return "dense"
@@ -169,7 +169,7 @@ def index_bytes(sparsity: schema.SparsityParametersT) -> int:
 
 def constant_sources(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, int]:
     """Map the output tensor of each DENSIFY or DEQUANTIZE op to the constant that the op unpacks.
-    Keys and values are tensor indices."""
+    Both the keys and the values of the returned dict are tensor indices."""
     found: dict[int, int] = {}
     for op in graph.operators:
         if op_name(model, op) in ("DENSIFY", "DEQUANTIZE"):

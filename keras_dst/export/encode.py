@@ -34,9 +34,10 @@ WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRAN
 #: Index of the input that holds the weight, for all ops in `WEIGHT_OPS`.
 WEIGHT_SLOT = 1
 
-# XNNPACK does not run this version of FULLY_CONNECTED. LiteRT runs this version with its builtin
-# kernel, which reads sparse weights correctly. XNNPACK runs all other versions, but misreads a
-# sparse weight as a dense weight, and refuses int8 weights that a DENSIFY op unpacks.
+# Version of FULLY_CONNECTED that XNNPACK does not run. LiteRT runs this version with its builtin
+# kernel, which reads sparse weights correctly. XNNPACK runs all other versions of FULLY_CONNECTED,
+# but misreads a sparse weight as a dense weight. XNNPACK also refuses int8 weights that a DENSIFY
+# op unpacks.
 SPARSE_FULLY_CONNECTED_VERSION = 8
 
 _NUMPY = {
@@ -138,7 +139,8 @@ def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np
     """
     *outer, width = values.shape
     if width % block:
-        # TensorFlow's converter does not check the block size and silently drops the last values.
+        # If the block size does not divide the axis, TensorFlow's converter raises no error, but
+        # silently drops the last values.
         raise ValueError(
             f"Expected the last axis to be a multiple of the block size {block}. "
             f"Received: {width}. Fix: use a block size of 1."
@@ -169,7 +171,7 @@ def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
             the weight. All other weights keep their format.
 
     Raises:
-        ValueError: If the runtime would misread a weight in its new format, for example a sparse
+        ValueError: If the runtime would misread a weight in its new format. An example is a sparse
             weight that a CONV_2D op reads directly.
 
     Example:
@@ -200,8 +202,9 @@ def encode_dense(content: bytes, formats: Mapping[int, Format]) -> bytes:
     """Return a dense file whose outputs must agree with the outputs of the sparse file from
     `encode`.
 
-    Weights that `encode` quantizes are rounded to the same int8 values. The dense file stores these
-    values as float32, or as int8 if ops read the int8 values directly.
+    If `encode` quantizes a weight, this function rounds the weight to the same int8 values as
+    `encode`. The dense file stores the rounded values as float32, or as int8 if ops read int8
+    values directly.
     """
     model = read(content)
     rounded = {buffer: format for buffer, format in formats.items() if format.int8}
@@ -307,7 +310,7 @@ def _unpack(
 
 
 def _computed_copy(tensor: schema.TensorT, suffix: str) -> schema.TensorT:
-    """Return a copy of a tensor without stored values. An op will compute the values."""
+    """Return a copy of a tensor that stores no values, because an op will compute the values."""
     computed = copy.copy(tensor)
     computed.name = f"{text(tensor.name)}/{suffix}"
     computed.buffer = 0  # Buffer 0 is empty by convention.
@@ -343,7 +346,8 @@ def _compressed_axis(rows: np.ndarray, columns: np.ndarray) -> schema.DimensionM
 def _indices(values: np.ndarray) -> tuple[int, object]:
     """Convert integers to a vector of the smallest possible type.
 
-    Return the type code of the schema, and the vector as an object of the schema.
+    Return the code that the schema defines for the type of the vector, and the vector as an object
+    of the schema.
     """
     kinds = schema.SparseIndexVector
     largest = values.max()

@@ -1,8 +1,8 @@
 """Compile int8 files for Arm Ethos-U NPUs with Vela, and read Vela's estimates.
 
 Vela (PyPI ``ethos-u-vela``) is Arm's compiler for Ethos-U NPUs. Vela compresses the weights of a
-dense int8 file. Weights with many zeros are compressed to fewer bytes. Vela also estimates the
-number of cycles with a model of the hardware.
+dense int8 file. The more zeros a weight has, the fewer bytes it takes after compression. Vela also
+estimates the number of cycles with a model of the hardware.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Replace CONV_2D by slices of its input and one FULLY_CONNECTED op (im2col).
 
 FULLY_CONNECTED can read a sparse weight directly, and CONV_2D cannot. For a 3x3 kernel, for
-example, nine STRIDED_SLICE ops cut nine shifted images out of the padded input. The images are
-concatenated along the channels. Each pixel of the result then contains all input values from which
-the convolution computes one output pixel. A 1x1 kernel with stride 1 needs no slices.
+example, nine STRIDED_SLICE ops cut nine shifted images out of the padded input. The nine images are
+concatenated along the channel axis. Each pixel of the concatenated image contains all input values
+from which the convolution computes one output pixel. A 1x1 kernel with stride 1 needs no slices.
 """
 
 from __future__ import annotations

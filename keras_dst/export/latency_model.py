@@ -1,9 +1,9 @@
 """Estimate the latency of a ``.tflite`` file, for example on a CPU that is not available.
 
-The latency model sums estimates of single ops on one thread. The constants of the latency model, in
-nanoseconds, were measured for single ops on an x86 CPU of 2023 and rounded. The constants for CPUs
-without AVX were measured on the same CPU with AVX disabled, as a proxy for ARM. The overheads per
-inference and per op, and the time to copy a value, are guesses, not measurements.
+The latency model adds up the estimated latencies of single ops on one thread. The constants of the
+latency model, in nanoseconds, were measured for single ops on an x86 CPU of 2023 and rounded. The
+constants for CPUs without AVX were measured on the same CPU with AVX disabled, as a proxy for ARM.
+The overheads per inference and per op, and the time to copy a value, are guesses, not measurements.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Cpu:
         matrix: Nanoseconds per multiplication, in a dense op with many input rows, such as a
             convolution.
         direct: Nanoseconds per stored value and input row, in a FULLY_CONNECTED op that reads a
-            sparse weight directly. The dict maps each encoding to a pair: nanoseconds with one
-            input row, and nanoseconds with many input rows.
-        row: Nanoseconds per output value, in addition to ``direct``, in a FULLY_CONNECTED op that
-            reads a sparse weight directly.
+            sparse weight directly. The dict maps each sparse encoding to a pair of such times: for
+            an op with one input row, and for an op with many input rows.
+        row: Nanoseconds per output value in a FULLY_CONNECTED op that reads a sparse weight
+            directly. This time is added to the time that ``direct`` gives.
         copy: Nanoseconds per value that PAD, STRIDED_SLICE or CONCATENATION writes.
         sparse: Nanoseconds per multiplication by a nonzero weight in XNNPACK's sparse convolution.
-            None for a CPU on which XNNPACK does not use its sparse convolution.
+            The value is None for a CPU on which XNNPACK does not use its sparse convolution.
     """
 
     vector: float

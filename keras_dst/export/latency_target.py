@@ -62,8 +62,8 @@ def sparsity_at_latency(
     search therefore also works for a model that is not trained yet. The search prunes channels of
     copies of the model by magnitude and exports the smaller models. The latencies of the smaller
     models and of the dense model are measured in LiteRT on the current CPU. The returned sparsity
-    is a fraction of FLOPs. Training with the returned sparsity does not measure latencies. The
-    trained masks therefore do not depend on the speed of the machine.
+    is a fraction of FLOPs. Only the search measures latencies, not the training with the returned
+    sparsity. The trained masks therefore do not depend on the speed of the training machine.
 
     Args:
         model: Built Sequential or Functional model without sparse layers. The model is not changed.
@@ -77,8 +77,8 @@ def sparsity_at_latency(
         tolerance: Accepted deviation from `latency_ratio`. Defaults to 0.03.
 
     Returns:
-        A `LatencySearch`. Pass its attribute `sparsity` to a pruning method, together with
-        `counted_in="flops"`.
+        A `LatencySearch`. Pass the attribute `sparsity` of the `LatencySearch` to a pruning method,
+        together with `counted_in="flops"`.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model.
@@ -118,8 +118,8 @@ def sparsity_at_latency(
     method(0.5)  # Check the arguments before the conversion, which takes seconds.
     (dense,) = conversions(model, ["float32"])
     measured: dict[float, float] = {}
-    # The search continues between two sparsities, `low` and `high`. Each is stored in a pair with
-    # its latency ratio.
+    # `low` and `high` are pairs of a sparsity and the latency ratio at this sparsity. The search
+    # continues between the two sparsities.
     low, high = (0.0, 1.0), (1.0, 0.0)
     while len(measured) < _MAX_FILES:
         share = (low[1] - latency_ratio) / (low[1] - high[1])

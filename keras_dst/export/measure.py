@@ -16,7 +16,8 @@ from keras_dst._reporting.tables import as_table
 from keras_dst._utils.validation import check_integer
 from keras_dst.export.decode import load
 
-# Minimum and maximum number of timing rounds in `latencies`, and its time limit in seconds.
+# Minimum and maximum number of timing rounds in `latencies`, and time limit of all rounds in
+# seconds.
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 15, 200, 0.3
 
 

@@ -7,8 +7,8 @@ constants:
 * The first constant is a bitmap with one bit per entry of the weight tensor. A bit is 1 if the
   entry is nonzero. The most significant bit of a byte comes first.
 * The second constant is a header of 16 bytes, followed by the nonzero entries of the weight tensor
-  in order. Byte 0 of the header is the decode type, 2 for pruning. Bytes 1 and 4 are the versions
-  of the header and of the pruning format, both 1.
+  in order. Byte 0 of the header is the decode type, 2 for pruning. Byte 1 is the version of the
+  header, and byte 4 is the version of the pruning format. Both versions are 1.
 
 TFLM writes the decoded weight into its memory arena, from which other ops read the weight. An
 encoded file is smaller than the dense file, but needs a larger arena. Because weights are decoded
@@ -59,7 +59,7 @@ _OP_NAMES = """
 OPS = frozenset(_OP_NAMES.split())
 _WORKER = Path(__file__).with_name("micro_worker.py")
 _PRUNING_HEADER = np.array([2, 1, 0, 0, 1, *[0] * 11], np.uint8)
-# Size of the memory arena of TFLM, in bytes, beyond the estimated size of all tensors.
+# Number of bytes that `_arena_limit` adds to the estimated size of all tensors.
 _SPARE_ARENA = 1 << 24
 
 
@@ -213,7 +213,7 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
         log = done.stdout + done.stderr
         used = re.search(r"Arena allocation total (\d+) bytes", log)
         if done.returncode or used is None:
-            # TFLM prints the reason before Python prints the traceback.
+            # TFLM prints the reason for the failure before Python prints the traceback.
             lines = [line for line in log.partition("Traceback")[0].splitlines() if line.strip()]
             raise ExportError(
                 "Expected a file that TFLM can run. Received: TFLM stopped with exit code "
@@ -254,7 +254,7 @@ def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroR
 def quantized_inputs(content: bytes, samples: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Convert samples to arrays with the shapes and types of a file's inputs.
 
-    The first axis of each returned array is the axis of the runs: `array[i]` is the input of run i.
+    In each returned array, `array[i]` is the input of run i.
 
     Args:
         content: Bytes of the file. Samples that do not fill the last batch of the file are left
@@ -390,7 +390,7 @@ def _decoded_reads(
     free: set[int],
     code: int,
 ) -> list[schema.OperatorT]:
-    """Return an op, preceded by a DECODE op if the given op reads weights that must be decoded.
+    """Return a list with the given op. If the op reads encoded weights, a DECODE op comes first.
 
     TFLM keeps a decoded weight only until the next op has run. If several ops read a weight, the
     weight is therefore decoded once per op, each time into a separate tensor.
@@ -398,10 +398,10 @@ def _decoded_reads(
     Args:
         graph: The graph. The function adds tensors to the graph.
         op: An op of the graph.
-        encoded: Dict from the tensor index of each encoded weight to a pair of tensor indices. The
-            pair refers to the bitmap and the nonzero values of the weight.
-        free: Tensor indices of the weights that no DECODE op computes yet. The function removes the
-            weights that the given op reads from this set.
+        encoded: Dict from the tensor index of each encoded weight to two other tensor indices: of
+            the weight's bitmap, and of the weight's nonzero values.
+        free: Tensor indices of the weights that no DECODE op computes yet. From `free`, the
+            function removes the weights that the given op reads.
         code: Op code index of TFLM_DECODE.
     """
     reads = dict.fromkeys(index for index in indices(op.inputs) if index in encoded)

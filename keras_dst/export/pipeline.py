@@ -68,8 +68,8 @@ TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.3}
 #: Largest accepted difference between the outputs of the exported file and of a dense file with the
 #: same quantized weights.
 _EXACT = 1e-4
-#: Used in place of `_EXACT` if the runtime also quantizes the inputs of ops. The kernels for sparse
-#: and for dense weights round these inputs differently.
+#: Value that replaces `_EXACT` if the runtime also quantizes the inputs of ops. Kernels for sparse
+#: weights then round inputs differently than kernels for dense weights.
 _INEXACT = 5e-2
 
 
@@ -217,8 +217,8 @@ def _rounded_to_zero(floats: bytes, integers: bytes) -> tuple[int, list[str]]:
     """Return the number of nonzero weights of a float file that are zero in the int8 file.
 
     The converter may rename weight tensors. The function therefore compares values to find the
-    float tensor of each int8 tensor. The second return value lists the names of the int8 tensors
-    for which no float tensor was found.
+    float tensor from which each int8 tensor was quantized. The second return value lists the names
+    of the int8 tensors for which no float tensor was found.
     """
     originals = [weight.values for weight in encode.weights(read(floats))]
     count, unmatched = 0, []

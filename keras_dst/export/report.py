@@ -27,7 +27,7 @@ class TensorReport:
         encoding: Storage format, such as ``"csr+densify"``.
         bytes: Size of the weight in its storage format, in bytes.
         dense_bytes: Size of the weight in dense format, in bytes.
-        reason: Why the weight is stored in dense format, or an empty string for a sparse format.
+        reason: Reason why the weight is stored dense, or an empty string for a sparse format.
     """
 
     name: str
@@ -82,7 +82,7 @@ class ExportReport:
             and the exported file.
         threads: Number of interpreter threads in the measurements of the files.
         batch: Batch size in the measurements of the files.
-        vela: Vela's estimates for an Ethos-U NPU, or None for other targets and if Vela is not
+        vela: Vela's estimates for an Ethos-U NPU, or None for other targets, or if Vela is not
             installed.
         micro: Comparison with the dense int8 file in TensorFlow Lite for Microcontrollers (TFLM),
             or None for targets other than ``"micro"``.

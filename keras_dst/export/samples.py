@@ -37,7 +37,7 @@ class InputSpec:
         shape: Shape of the input, including the batch size. Dynamic sizes are None.
         dtype: Name of the data type.
         optional: Whether the model accepts None for the input. Defaults to False.
-        present: Whether the exported file has this input. False for an optional input that the
+        present: Whether the exported file has this input. The file lacks optional inputs that the
             samples do not contain. Defaults to True.
     """
 
@@ -52,8 +52,8 @@ class InputSpec:
 class Signature:
     """Descriptions of the inputs of a model as a flat list, and the nested structure of the inputs.
 
-    `structure` is nested like the inputs of the model, but contains the index in `specs` in place
-    of each input.
+    `structure` is nested like the inputs of the model. In place of each input, it contains the
+    index of the input in `specs`.
     """
 
     specs: list[InputSpec]
@@ -144,11 +144,11 @@ def _signature_name(name: str) -> str:
 
 
 def _keeps_batch_size(model: keras.Sequential) -> bool:
-    """Return whether an exported Sequential model must have the batch size that Keras recorded.
+    """Return whether a Sequential model must be exported with the batch size that Keras recorded.
 
     A Sequential model without an Input layer is built by its first call on data. Keras then records
-    the batch size of the data. Most exported models can have a dynamic batch size instead.
-    Recurrent layers that are stateful or not unrolled require a fixed batch size.
+    the batch size of the data. Most models can be exported with a dynamic batch size. Recurrent
+    layers that are stateful or not unrolled require a fixed batch size.
     """
     layers = _keras.flatten_layers(model)
     recurrent = [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
@@ -196,8 +196,8 @@ def read_samples(
         data: Inputs in any form that `model.predict` accepts. Labels in a data set are ignored.
         argument: Name of the argument with which the user passed the data, for error messages.
         limit: Maximum number of samples to return. Defaults to None: all samples are returned.
-        streamed: Maximum number of samples to read from a data set or generator. Defaults to 0: the
-            same maximum as ``limit``.
+        streamed: Maximum number of samples to read from a data set or generator. Defaults to 0,
+            which means that ``limit`` applies.
 
     Raises:
         ValueError: If the data is of an unsupported type, or does not fit the inputs of the model.

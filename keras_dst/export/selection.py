@@ -4,8 +4,8 @@ Fixed rules exclude all storage formats that the runtime would read incorrectly.
 the valid storage formats depends on the file size and on the measured or estimated latency. The
 rules follow the kernels of XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly.
 All other ops need a dense weight, which the op DENSIFY unpacks when the file is loaded. To store
-the weight of a CONV_2D in a sparse format, the export can replace the op. Slices of the input and a
-FULLY_CONNECTED op then compute the same result.
+the weight of a CONV_2D in a sparse format, the export can replace the op. A FULLY_CONNECTED op on
+slices of the input computes the same result as a CONV_2D.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from keras_dst.export.latency_model import CPUS, LatencyModel
 #: A weight tensor counts as block-sparse if at least this fraction of the values in its stored
 #: blocks is nonzero.
 MIN_BLOCK_DENSITY = 0.75
-#: Largest number of inputs, and of stored blocks per output, that a sparse int8 weight with float
-#: inputs may have. LiteRT's kernel stores the position of each block of 16 inputs in one byte, and
-#: the number of blocks per output in another byte. If a weight is larger, these bytes overflow, and
-#: the kernel computes wrong results.
+#: Limits of a sparse int8 weight with float inputs: the largest number of inputs, and the largest
+#: number of stored blocks per output. LiteRT's kernel stores the position of each block of 16
+#: inputs in one byte, and the number of blocks per output in another byte. If a weight exceeds one
+#: of the limits, a byte overflows, and the kernel computes wrong results.
 MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
 #: Two latencies, or two sizes, count as equal if the larger is at most this factor times the
 #: smaller.
@@ -49,7 +49,8 @@ class Choice:
         weight: The weight.
         format: The selected format, or None if the file keeps the weight unchanged.
         bytes: Size of the weight in the selected format, in bytes.
-        reason: Why the file keeps the weight unchanged, or an empty string if the format changes.
+        reason: Reason why the file keeps the weight unchanged, or an empty string if the format
+            changes.
         latency_ratio: Latency of the ops that read the weight, relative to their latency with the
             dense weight. If latencies are measured or estimated for several CPUs, the value is the
             largest of their latency ratios. Defaults to 1.
@@ -112,7 +113,8 @@ class Objective:
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
         """Return the latency of each file divided by the latency of the first file.
 
-        If there are timers for several CPUs, return the largest latency ratio of each file.
+        If there are timers for several CPUs, return the largest latency ratio that each file has on
+        any of the CPUs.
         """
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
@@ -126,19 +128,18 @@ def select_formats(
     """Select the storage format of each weight tensor in a dense ``.tflite`` file.
 
     First, a format is selected for each weight tensor, from its size and from the latency of the
-    ops that read the tensor. In the whole model, these ops can be faster or slower. The function
-    therefore compares four versions of the whole file:
+    ops that read the tensor. Inside the whole model, an op can be faster or slower than alone. The
+    function therefore compares four versions of the whole file:
 
-    * The first version stores every weight in the format that was selected for this weight.
-    * In the second version, as many ops as possible read sparse weights directly.
-    * In the third version, DENSIFY ops unpack all sparse weights, so that XNNPACK may use its
-      sparse kernels.
-    * The fourth version stores all weights dense.
+    * Every weight is stored in the format that was selected for the weight.
+    * As many ops as possible read sparse weights directly.
+    * DENSIFY ops unpack all sparse weights, so that XNNPACK may use its sparse kernels.
+    * All weights are stored dense.
 
     Args:
         content: Bytes of a file whose weights are float32 or int8.
-        objective: Rule that selects the formats and the version of the file. Defaults to
-            `Objective()`.
+        objective: Rule that selects the format of each weight, and one of the four versions.
+            Defaults to `Objective()`.
         progress: Function that is called with a line of text for each weight tensor.
     """
     model = flatbuffer.read(content)
@@ -160,8 +161,8 @@ def select_formats(
     distinct = list(dict.fromkeys([content, *(plan.content for plan in plans)]))
     ratio_of = dict(zip(distinct, objective.latency_ratios(distinct)))
     ratios = [ratio_of[plan.content] for plan in plans]
-    # LiteRT unpacks the weights of the third version when it loads the file. Inference is therefore
-    # not slower than with the dense file.
+    # When LiteRT loads the file of `plans[2]`, it unpacks all sparse weights. Inference is
+    # therefore not slower than inference with the dense file.
     ratios[2:] = [min(ratios[2], 1.0), 1.0]
     return plans[objective.best([len(plan.content) for plan in plans], ratios)]
 
@@ -311,8 +312,8 @@ def _unpacked_formats(weight: Weight) -> list[Format]:
 
 
 def _obstacle(weight: Weight) -> str:
-    """Return the reason why a weight must keep its storage format. Return an empty string if the
-    exporter may change the format."""
+    """Return the reason why a weight must keep its storage format, or an empty string if the
+    exporter may change the storage format."""
     if weight.values.dtype == np.float16:
         return "float16: only float32 and int8 weights can be stored sparse"
     if len({tuple(tensor.shape) for tensor in weight.tensors}) > 1:

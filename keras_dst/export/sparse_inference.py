@@ -8,20 +8,20 @@ The region ends at an exit op: a mean over height and width, or DEPTH_TO_SPACE. 
 region must support NCHW layout. No op outside the region may read an intermediate tensor of the
 region. In the 1x1 convolutions of the region, more than 2/3 of all weights must be zero.
 
-XNNPACK does not check whether the last ops of an NCHW region are exit ops. If another op is the
-last op, its output has NCHW layout, but the next op reads the output as NHWC data. The results are
-then wrong, and no error message appears.
+XNNPACK does not check whether the last ops of an NCHW region are exit ops. If the last op of a
+region is not an exit op, its output has NCHW layout, but the next op reads NHWC data. XNNPACK then
+computes wrong results without an error message.
 
 The functions below assume that XNNPACK runs every op of the graph. In practice, LiteRT runs some
-ops with its builtin kernels instead, and these ops differ between versions and builds of LiteRT. An
-op with a builtin kernel splits the graph, and reads and writes data in NHWC layout. A file must
-give correct results in all versions of LiteRT. The module therefore reports a file as wrong even if
-some versions of LiteRT run the file correctly. As a precaution, the module also reports a MEAN or
-SUM op with keepdims as wrong, unless only RESHAPE ops read its result.
+ops with its builtin kernels. Which ops use builtin kernels depends on the version and the build of
+LiteRT. An op with a builtin kernel splits the graph, and reads and writes data in NHWC layout. A
+file must give correct results in all versions of LiteRT. The module therefore reports a file as
+wrong even if some versions of LiteRT run the file correctly. As a precaution, the module also
+reports a MEAN or SUM op with keepdims as wrong, unless only RESHAPE ops read its result.
 
 Source: the functions ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in
-``src/subgraph.c`` of XNNPACK. The rules in both functions have not changed since October 2020,
-except the rules for FULLY_CONNECTED, which changed most recently in January 2025.
+``src/subgraph.c`` of XNNPACK. Except for FULLY_CONNECTED, the rules in both functions have not
+changed since October 2020. The rules for FULLY_CONNECTED last changed in January 2025.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Role(enum.Flag):
 class Node:
     """Op in the graph that XNNPACK builds from a `.tflite` file.
 
-    The graph of XNNPACK does not contain the ops that unpack constants, and the PAD ops that
-    XNNPACK merges into convolutions.
+    The graph of XNNPACK contains neither the ops that unpack constants nor the PAD ops that XNNPACK
+    merges into convolutions.
 
     Attributes:
         op: The op in the file.
@@ -67,10 +67,10 @@ class Node:
         inputs: Indices of the tensors that the op reads, without constants.
         outputs: Indices of the tensors that the op computes.
         role: All roles that the op can have in an NCHW region.
-        obstacle: Text such as "ADD of a constant" if the op cannot read data in NCHW layout, and an
-            empty string if it can.
-        zeros: Number of zero weights if the op is a 1x1 convolution or FULLY_CONNECTED, or else 0.
-        weights: Number of all weights if the op is a 1x1 convolution or FULLY_CONNECTED, or else 0.
+        obstacle: Description of the op, such as "ADD of a constant", if the op cannot read data in
+            NCHW layout. Otherwise an empty string.
+        zeros: Number of zero weights of a 1x1 convolution or FULLY_CONNECTED op, 0 for other ops.
+        weights: Number of all weights of a 1x1 convolution or FULLY_CONNECTED op, 0 for other ops.
     """
 
     op: schema.OperatorT
@@ -139,8 +139,8 @@ def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
 def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role], set[int]]:
     """Divide the graph into groups of connected ops, as XNNPACK does to find NCHW regions.
 
-    Return the group number of each op, the roles that remain possible for each op, and the indices
-    of the ops outside all NCHW regions.
+    Return the group number of each op, the roles that each op can still have, and the indices of
+    the ops outside all NCHW regions.
     """
     group, roles = list(range(len(nodes))), [node.role for node in nodes]
     bad: set[int] = set()
@@ -212,8 +212,8 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
 def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tuple[int, tuple]]:
     """Return a dict of the PAD ops that XNNPACK merges into the convolutions that follow.
 
-    Each key is the index of the output of a PAD op. Its value contains the index of the input of
-    the PAD op, and the padding above, below, left and right.
+    Each key of the dict is the tensor index of a PAD op's output. The value is a pair: the tensor
+    index of the PAD op's input, and the padding above, below, left and right.
     """
     readers = Counter(t for op in graph.operators for t in set(indices(op.inputs)))
     readers += Counter(indices(graph.outputs))

@@ -15,7 +15,8 @@ def reset_states(model: keras.Model) -> Iterator[None]:
     """Reset the states of stateful recurrent layers to zero, and restore them afterwards.
 
     A ``.tflite`` file starts from zero states, so the Keras model must also start from zero states
-    in a comparison. All other variables that a call of the model can change are restored too.
+    in a comparison. The function also restores all other variables that a call of the model can
+    change.
     """
     recurrent = [
         layer

@@ -114,11 +114,11 @@ class MicroReport:
 
     Attributes:
         bytes: Size of the file.
-        dense_bytes: Size of the dense int8 file, whose outputs are bit-identical.
-        unread_bytes: Number of bytes of the dense int8 file that TFLM does not need. The exported
-            file omits metadata, scales of biases, repeated zero points and copies of equal values.
-            If several ops were merged into one op, the exported file keeps only the name of the
-            first.
+        dense_bytes: Size of the dense int8 file. Both files compute bit-identical outputs.
+        unread_bytes: Number of bytes that the dense int8 file contains, but TFLM does not need. The
+            exported file omits metadata, scales of biases, repeated zero points and copies of equal
+            values. If several ops were merged into one op, the exported file keeps only the name of
+            the first op.
         dense_gzip_bytes: Size of the dense int8 file after compression with gzip.
         arena: Number of bytes of the memory arena that the exported file needs.
         dense_arena: Number of bytes of the memory arena that the dense int8 file needs.

@@ -101,8 +101,8 @@ def export_tflite(
         TypeError: If ``model`` is not a Keras 3 model.
         ValueError: If the model is not built, the data does not fit the model, or an argument has
             an unknown value.
-        OSError: If no file can be written at ``path`` or ``vela_path``, which are checked before
-            the conversion begins.
+        OSError: If no file can be written at ``path`` or ``vela_path``. Both paths are checked
+            before the conversion begins.
         ImportError: If a required extra of keras_dst is not installed. Every export requires the
             extra ``export``. In addition, ``target="micro"`` requires the extra ``micro``, and
             ``vela_path`` requires the extra ``ethos``.

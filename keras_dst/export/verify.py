@@ -33,7 +33,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Error of one output of a file, and a text that names the output and the kernels.
+    """Error of one output of a file, and a text that names the output and the kernels that ran.
 
     ``error`` is ``max|y - expected| / max|expected|``. The error is infinite if values are not
     finite, shapes differ, or the interpreter refuses the file.

@@ -87,8 +87,8 @@ class _StepDriver(LayerDriver):
     def __init__(self, model, layers_):
         super().__init__(model, layers_)
         self.schedule = self.method.pruning_schedule
-        # The step count is read at the first step, because another callback may restore a backup
-        # before.
+        # The step count is read at the first step, not here, because another callback may restore a
+        # backup before the first step.
         self.step: int | None = None
         self.set_active(True)
 

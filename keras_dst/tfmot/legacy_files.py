@@ -352,8 +352,8 @@ class _KerasFormat:
 
     def state(self, group, entry):
         arrays = _numbered(group)
-        # The HDF5 group stores n pruned weights, then n masks, each followed by a threshold, and
-        # then the step count.
+        # The HDF5 group stores n pruned weights, then n pairs of a mask and a threshold, and
+        # finally the step count.
         n = (len(arrays) - 1) // 3
         return arrays[n:-1:2], int(arrays[-1])
 

@@ -101,7 +101,7 @@ def _fed_tensors(graph, found: dict[Any, list]) -> dict[Any, list]:
 def _producers_of(tensor, fed: dict[Any, list]) -> list:
     """Return the operations that compute a tensor.
 
-    For the output of a nested model, return operations inside the nested model.
+    If a nested model computes the tensor, return operations inside the nested model.
     """
     operation = _keras.operation_of(tensor)
     if operation in fed:
@@ -151,8 +151,8 @@ def _first_on_every_path(starts, is_wanted, neighbors) -> list:
 
 
 def _is_start(layer, producers) -> bool:
-    """Return whether a layer is the 3x3 convolution with stride 2 with which sparse inference in
-    XNNPACK must begin."""
+    """Return whether sparse inference in XNNPACK can begin with a layer: a 3x3 convolution with
+    stride 2 on three channels."""
     return (
         isinstance(layer, layers.Conv2D)
         and tuple(layer.kernel.shape[:3]) == (3, 3, 3)

@@ -46,7 +46,7 @@ def prune_low_magnitude(
         pruning_policy: Policy that chooses which layers of a model are pruned. Defaults to None,
             which allows all layers.
         sparsity_m_by_n: Pair `(m, n)`, which sets m weights to zero for every n consecutive inputs.
-            The mask is computed once, at step 1, independent of the schedule. Defaults to None.
+            The mask is computed once, at step 1, regardless of the schedule. Defaults to None.
 
     Returns:
         `to_prune`.
@@ -202,7 +202,7 @@ def _layers_to_prune(target, method, policy) -> list:
 
 
 def _inner_layers_to_prune(layer, method) -> list:
-    """Return the layers to prune: the given layer, its inner layers, or some of these layers."""
+    """Return the layers to prune among the given layer and its inner layers."""
     inside = _keras.flatten_layers(layer)
     found = prunable_layers([x for x in inside if not _is_frozen(x)], method)
     if not found and any(map(_is_frozen, inside)):

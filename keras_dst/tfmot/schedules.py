@@ -81,7 +81,7 @@ class PolynomialDecay(PruningSchedule):
         initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1).
         final_sparsity: Fraction of zeros at `end_step`, in [0, 1).
         begin_step: Step of the first update.
-        end_step: Step at which the final sparsity is reached, and after which no update follows.
+        end_step: Step at which the final sparsity is reached. No mask is updated after this step.
         power: Exponent of the polynomial. Defaults to 3.
         frequency: Number of steps from one update to the next. Defaults to 100.
 
