@@ -2,8 +2,8 @@
 
 Each line of `runs.jsonl` is a JSON object with the measured figures of a run. The key "run" holds
 the name of the run. Other keys hold the command, the seeds, the package versions and the machine.
-The keys "config" and "method" hold the constructor call of the pruning method. The call has the
-syntax of the keras_dst version that produced the run.
+The keys "config" and "method" hold the constructor call of the pruning method. The
+constructor call is valid for the keras_dst version that produced the run.
 """
 
 import argparse

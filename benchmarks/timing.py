@@ -57,8 +57,10 @@ def update_masks(driver, step: int) -> None:
 
 
 def in_turns(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call each function once per round. Return a dict from the name of each function to its
-    results."""
+    """Call each function once per round.
+
+    Return a dict from the name of each function to the list of its results.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -67,7 +69,7 @@ def in_turns(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def ratios(times: dict[str, list[float]], to: str) -> dict[str, float]:
-    """Return the median ratio of the time of each function to the time of the function `to`."""
+    """Return the median time of each function, relative to the function `to` in the same round."""
     return {
         name: statistics.median(a / b for a, b in zip(found, times[to]))
         for name, found in times.items()

@@ -89,7 +89,7 @@ def flipout(case, net, data, seed):
 def optg_net():
     """Return a LeNet-5, built from the sparse convolution layers of the authors.
 
-    Each dense layer is replaced by a convolution with a kernel as large as its input.
+    Each dense layer is replaced by a convolution whose kernel is as large as the layer's input.
     """
     sys.argv = ["imagenet.py", "--config", f"{sys.path[0]}/configs/resnet50_cifar10.yaml"]
     from utils.conv_type import MySparseConv as Conv
@@ -248,7 +248,7 @@ def with_initial_weights(family, seed, model):
     for layer in model.layers:
         if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense)):
             # Keras and PyTorch list the convolutions of residual shortcuts at different positions.
-            # Therefore match the weights by their number of entries.
+            # Therefore match the layers by the number of weights in their kernels.
             size = math.prod(layer.kernel.shape)
             module = next(module for module in modules if module.weight.numel() == size)
             modules.remove(module)

@@ -197,8 +197,7 @@ def table():
 def cell(runs) -> str:
     """Return the text of a table cell: the mean accuracy and the remaining fraction of the FLOPs.
 
-    For the dense network, the text contains only the accuracy. If `runs` is empty, the text is
-    empty.
+    For the dense network, return only the accuracy. If `runs` is empty, return an empty text.
     """
     if not runs:
         return ""

@@ -83,7 +83,8 @@ class Task:
     rate: float
     decay: float | None = None
     batch: int = BATCH
-    batches: type[Shuffled] | None = None  # If None, `fit` shuffles the samples.
+    # Class of the data loader. If None, `fit` shuffles the samples.
+    batches: type[Shuffled] | None = None
     # Function that maps a learning rate and a number of steps to a learning rate schedule.
     rates: Callable = cosine
 
@@ -102,7 +103,7 @@ TASKS = {
     ),
 }
 
-# Functions that return a pruning method for a given sparsity, which is their first argument.
+# Functions that take the sparsity as first argument, and return a pruning method.
 METHODS = {
     "dense": None,
     "random": functools.partial(SET, drop_fraction=0.0),

@@ -57,7 +57,7 @@ BATCH = 128
 WARMUP = 5  # Epochs in which the learning rate rises.
 SEEDS = (0, 1, 2)
 
-# Functions that return a pruning method for a given sparsity.
+# Functions that take the sparsity, and return a pruning method.
 METHODS = {
     "DCIL": COMMON["DCIL"],
     "OptG": COMMON["OptG"],

@@ -99,7 +99,7 @@ def table():
         "",
         "The table below shows the test accuracy in % of ResNet-8 on CIFAR-10, as mean and "
         f"standard deviation over the seeds. The network was trained for {EPOCHS} epochs on "
-        f"{IMAGES:,} images and pruned by magnitude. Pruning took place either in one shot "
+        f"{IMAGES:,} images and pruned by magnitude. The network was pruned either in one shot "
         "without further training, or during another epoch of training. `shrink` removed the "
         "pruned channels. `make bench-recalibration` writes this page from "
         "`results/recalibration/runs.jsonl`.",

@@ -48,7 +48,7 @@ def run_tool(tool):
 
 
 def read(net):
-    """Return a dict that maps each tool to the stored run of one network."""
+    """Return the stored runs of a network, as a dict from the name of each tool to its run."""
     stored = results.runs(BENCHMARK)
     return {tool: stored[f"{net}_{tool}"] for tool in PYTHONS if f"{net}_{tool}" in stored}
 

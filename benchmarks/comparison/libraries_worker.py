@@ -174,7 +174,10 @@ class PQuantML(Tool):
         return model, optimizer, [self.callback(config, log_ebops=False, log_keep_ratio=False)]
 
     def search(self):
-        """Return the alpha whose sparsity is closest to the target, and all tested values."""
+        """Train with several values of alpha, and return the best value and all tested values.
+
+        With the best value, the sparsity of the network is closest to the target sparsity.
+        """
         tried = []
         for self.setting in ALPHAS:
             model, *_ = train(self, "DST", seed=0)
@@ -290,7 +293,7 @@ def accuracy(kind, method, setting):
 
 
 def times(kind, methods):
-    """Return step times relative to the dense network, and compile times, in CPU seconds."""
+    """Return the step times relative to the dense network, and the compile times in CPU seconds."""
     tool, turns = kind(), {}
     from benchmarks import networks
     from benchmarks.data import mnist
@@ -316,9 +319,10 @@ def times(kind, methods):
 
 
 def jobs(kind):
-    """Prune, train and convert a ResNet with each method. Return the results by method.
+    """Prune, train and convert a ResNet with each method.
 
-    The result of a method is the sparsity of the ResNet, or the stage that failed and its error.
+    Return a dict from each method to its result. The result is the sparsity of the ResNet, or the
+    stage that failed and its error.
     """
     tool, found = kind(), {}
     from benchmarks import networks

@@ -2,11 +2,11 @@
 
 All networks have random weights, and their channels are pruned by magnitude without training. Time
 and peak memory are measured during the call of `shrink`. Latency is measured in the LiteRT
-interpreter on one thread, for the `.tflite` files of the dense and of the smaller network. The two
+interpreter on one thread, for the `.tflite` files of the dense and of the smaller network. Both
 files are measured alternately, and the latency is the median time of one inference. After half of
-the channels are removed, each op of the two files is also measured alone. The latency of each
-network is also compared with a network that was built at half width. Networks whose results are
-already stored are skipped.
+the channels are removed, each op of both files is also measured alone. The latency of each smaller
+network is also compared with the latency of a network that was built at half width. Networks whose
+results are already stored are skipped.
 
 python -m benchmarks.coverage.smaller [--networks NETWORK ...] [--shrink-only]
 """
@@ -187,7 +187,7 @@ def measured_ops(dense, small) -> dict[str, list[float]]:
     """Return a dict from each kind of op to its total seconds in the dense and the smaller file.
 
     Every op is timed in its own file, with batch size 1. Convolutions that have fewer than `LANES`
-    filters in the smaller network form a separate kind of op.
+    filters in the smaller network count as a separate kind of op.
     """
     from keras_dst.export.convert import conversions
     from keras_dst.export.measure import latencies
@@ -211,9 +211,9 @@ def measured_ops(dense, small) -> dict[str, list[float]]:
 
 
 def single_ops(content: bytes):
-    """Extract each op with an input that is not constant into a separate `.tflite` file.
+    """Extract each op into a separate `.tflite` file. Skip ops whose inputs are all constant.
 
-    For each op, yield its name, its number of output channels, and the content of its file.
+    Yield the name of each op, the number of its output channels, and the content of its file.
     """
     from keras_dst.export import flatbuffer
 
@@ -255,9 +255,9 @@ def table():
         "## Latency of the `.tflite` file",
         "",
         f"Latency is the median time of {RUNS} inferences with batch size 1 on one thread. The "
-        "dense file and the smaller file are measured alternately. FLOPs and latency are relative "
-        "to the dense network. The column `estimated latency` shows the estimate of "
-        "`export_tflite`, which replaces the measurement if the target CPU is not available.",
+        "dense file and the smaller file are measured alternately. FLOPs and latency are "
+        "relative to the dense network. The column `estimated latency` shows an estimate. "
+        "`export_tflite` uses this estimate if the target CPU is not available for a measurement.",
         "",
         "| network | channels removed | FLOPs | latency | estimated latency | dense, ms |",
         "|---|---|---|---|---|---|",
@@ -273,12 +273,13 @@ def table():
         "## Networks that were built at half width",
         "",
         "Each network after `shrink` is compared with a network that was built at half width and "
-        "never pruned. This network has the same layers with half of the filters, units and heads. "
-        f"The files are measured alternately in {ROUNDS} rounds of {RUNS} inferences. Other "
-        "processes slow down some rounds, so the table shows only the round with the smallest "
-        "total latency of all files. The column `spread` gives the interquartile range of the "
-        "latency of the network that was built at half width, relative to its median latency. The "
-        "last column lists the additional ops of the file after `shrink`.",
+        "never pruned. The network that was built at half width has the same layers as the dense "
+        "network, but half of the filters, units and heads. The files are measured alternately "
+        f"in {ROUNDS} rounds of {RUNS} inferences. Other processes slow down some rounds, so the "
+        "table shows only the round with the smallest total latency of all files. The column "
+        "`spread` describes the network that was built at half width. The spread is the "
+        "interquartile range of the latency, divided by the median latency. The last column "
+        "lists the additional ops of the file after `shrink`.",
         "",
         "If the ratio of the latencies is 1, the network after `shrink` is as fast as the network "
         "that was built at half width. The latency of both networks can still be higher than their "
@@ -304,18 +305,18 @@ def table():
         "## Time of each kind of op, half of the channels",
         "",
         "Each op of the dense file and of the smaller file runs alone, with batch size 1 on one "
-        "thread. The column `share` gives the time of each kind of op in the smaller file as a "
-        "share of the time of all ops of this file. The row `other ops` contains all kinds of ops "
-        "that take less than 2% of the time of both files.",
+        "thread. The column `share` describes the smaller file: the time of each kind of op, "
+        "divided by the time of all ops. The row `other ops` contains all kinds of ops that take "
+        "less than 2% of the time of both files.",
         "",
         "A convolution or a dense layer with half of its inputs and half of its outputs needs "
         "about a quarter of the time. The time of the following ops decreases by less than a "
         "factor of four:",
         "",
         f"* A vector register of the measured CPU holds {LANES} float32 values. If a convolution "
-        "has 8 filters, half of each vector register is empty. A convolution therefore does not "
-        "become faster if 8 of its 16 filters are removed. The convolution becomes faster only "
-        "through its smaller number of input channels.",
+        "has 8 filters, half of each vector register is empty. Removing 8 of the 16 filters of a "
+        "convolution therefore does not make the convolution faster. Only a smaller number of "
+        "input channels makes this convolution faster.",
         "* The time of depthwise convolutions, sums and activations is proportional to the "
         "number of channels. With half of the channels, these ops need about half of the time.",
         "* A layer normalization keeps its width, because its mean and variance include the "
@@ -350,7 +351,7 @@ def table():
 
 
 def _op_rows(network: str, ops: dict[str, list[float]]) -> list[str]:
-    """Return table rows with the time of each kind of op in the dense and in the smaller file."""
+    """Return one table row per kind of op, with its time in the dense and in the smaller file."""
     totals = [sum(column) for column in zip(*ops.values())]
     kinds: dict[str, list[float]] = {}
     for name, times in sorted(ops.items(), key=lambda item: -item[1][1]):

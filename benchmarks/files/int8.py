@@ -2,11 +2,11 @@
 
 python -m benchmarks.files.int8 [--nets NET ...]
 
-The networks of `benchmarks.files.tflite_cases` are exported dense and with 90 % zeros. Weights are
-float32 or int8 (`quantize="weights"`), or weights and activations are int8 (`quantize="full"`). The
-ranges of the activations are measured on 200 training images. All files are exported with
-`optimize="size"`. Accuracy is measured on test images. Networks whose results are already stored
-are skipped.
+The networks of `benchmarks.files.tflite_cases` are exported without zeros and with 90 % zeros.
+Weights are float32 or int8 (`quantize="weights"`), or weights and activations are int8
+(`quantize="full"`). The ranges of the activations are measured on 200 training images. All files
+are exported with `optimize="size"`. Accuracy is measured on test images. Networks whose results are
+already stored are skipped.
 """
 
 import pathlib
@@ -76,10 +76,10 @@ def table():
         f"The table below shows the accuracy in % of each file on {TESTED:,} test images. The "
         "number in brackets is the size of the file relative to the dense float32 file. The "
         "sparse networks have 90 % zeros. For the column `int8 weights`, the exporter rounds a "
-        "weight tensor to int8 if the file becomes smaller. Files with int8 weights compute in "
-        "float32. The files of the column `int8` compute in integers. The value ranges of the "
-        f"activations are measured on {SAMPLES} training images. `make bench-int8` writes this "
-        "page from `results/int8/runs.jsonl`.",
+        "weight tensor to int8 if the file becomes smaller. The operations of files with int8 "
+        "weights are computed in float32. The operations of the files in the column `int8` are "
+        f"computed in integers. The value ranges of the activations are measured on {SAMPLES} "
+        "training images. `make bench-int8` writes this page from `results/int8/runs.jsonl`.",
         "",
         "| net | weights | " + " | ".join(QUANTIZE) + " |",
         "|---|---|" + "---|" * len(QUANTIZE),

@@ -77,7 +77,7 @@ METHODS = {
 
 
 VALUES = 16
-# Each variant with clustered weights, and the trained variant whose weights are clustered.
+# Maps each variant with clustered weights to the variant from which the clustering starts.
 TUNED = {
     f"{VALUES} values": "dense",
     f"90, {VALUES} values": "90",
@@ -333,7 +333,7 @@ def bars(stored):
 
 
 def fixed_costs(stored):
-    """Return the costs in bytes and cycles that zeros cannot reduce, with one value per network."""
+    """Return the costs that zeros cannot reduce, as a dict from name to one value per network."""
     sparse, dense = ([stored[f"{name}_{variant}"] for name in NETS] for variant in ("90", "dense"))
     files, npus = [run["tflm"] for run in sparse], [run["vela"][NPUS[0]]["file"] for run in dense]
     return {

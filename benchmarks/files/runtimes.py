@@ -212,11 +212,11 @@ def table():
         "",
         "The table below shows the size of the exported files, and their size after compression "
         "with gzip. The table also shows the median latency of an inference with one image on "
-        "one thread, and the largest difference from the outputs of Keras. Figures with × are "
-        "ratios to the file of the dense network. The files are measured alternately, and the "
-        f"latency ratio is the median over all rounds. The networks were trained for {EPOCHS} "
-        f"epoch on {IMAGES:,} images of MNIST. `make bench-runtimes` writes this page from "
-        "`results/runtimes/runs.jsonl`.",
+        "one thread, and the largest difference from the outputs of Keras. A figure with × is "
+        "the ratio to the figure of the dense network. The files are measured alternately, and "
+        "the latency ratio is the median over all rounds. The networks were trained for "
+        f"{EPOCHS} epoch on {IMAGES:,} images of MNIST. `make bench-runtimes` writes this page "
+        "from `results/runtimes/runs.jsonl`.",
         "",
         "| net | runtime | weights | bytes | gzip bytes | latency | difference |",
         "|---|---|---|---|---|---|---|",
@@ -252,7 +252,7 @@ def table():
 def _cells(found, dense):
     """Return the table cells of a file: size, compressed size, latency and error.
 
-    If `dense` is given, sizes and latency are shown as ratios to the file of the dense network.
+    If `dense` is given, the sizes and the latency are relative to the file of the dense network.
     """
     if dense is None:
         sizes = [f"{found[key]:,}" for key in ("bytes", "gzip_bytes")]

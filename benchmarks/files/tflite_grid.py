@@ -74,7 +74,10 @@ def tuned(net_name, method=None):
 
 
 def cell(net_name, method, dense) -> dict:
-    """Measure the files of a sparse network and the files at the paths `dense` alternately."""
+    """Measure the files of a sparse network, alternately with the dense files.
+
+    `dense` contains the paths of the dense files.
+    """
     x, y = NETS[net_name].data()[1]
     test = x[:TESTED], y[:TESTED]
     model = tuned(net_name, method)
@@ -178,8 +181,8 @@ def table():
     results.write_index(BENCHMARK, lines)
 
 
-#: Columns of the two tables. Each tuple contains the heading of a column, the kind of file, the key
-#: of the figure, and the number of digits.
+#: Columns of the two tables, as tuples: heading of the column, kind of the measured file, key of
+#: the measured value, and number of digits.
 EXPORTED = (
     ("bytes", "sparse", "bytes", 3),
     ("latency", "sparse", "latency", 2),
@@ -231,7 +234,7 @@ def _absolute(file, key) -> str:
 
 
 def _relative(files, columns) -> list[str]:
-    """Return one table cell per column: the ratio of a file to the dense float32 file."""
+    """Return one table cell per column, with values relative to the dense float32 file."""
     return [_ratio(files.get(of), files["float32"], key, digits) for _, of, key, digits in columns]
 
 

@@ -99,7 +99,8 @@ def prepared(method):
     driver = drivers_of(model)[0]
     driver.begin(STEPS, STEPS, STEPS // 10)
     for layer in getattr(driver, "layers", []):
-        layer.traced_both_paths = True  # A training step with DCIL would set this attribute.
+        # Set the attribute that a training step with DCIL sets.
+        layer.traced_both_paths = True
     steps = itertools.count(STEPS // 4, STEP)
 
     def update():
@@ -158,12 +159,12 @@ def table():
         "",
         "The table below shows the cost of one mask update for a ResNet-50 with 25 million "
         "weights, on one core. RigL ranks each weight tensor separately, and the other methods "
-        "rank all tensors together. The sparsity grows from one mask update to the next. Each cell "
-        "contains the time and the peak memory of a mask update. The unit of time is one pass, "
-        "the time to compute `abs` and `sum` of all weights once. The peak memory is relative to "
-        "the memory of the weights. The goals were a time of at most 60 passes, and a peak memory "
-        "of at most twice the memory of the weights. `make bench-overhead` writes this page from "
-        "`results/mask_update/runs.jsonl`.",
+        "rank all tensors together. The sparsity grows from one mask update to the next. Each "
+        "cell contains the time and the peak memory of a mask update. The unit of time is one "
+        "pass over the weights, which computes `abs` and `sum` of all weights once. The peak "
+        "memory is relative to the memory of the weights. The goals for a mask update were a "
+        "time of at most 60 passes, and a peak memory of at most twice the memory of the "
+        "weights. `make bench-overhead` writes this page from `results/mask_update/runs.jsonl`.",
         "",
     ]
     columns = {

@@ -1,11 +1,11 @@
 """Measure how the cost of sparse training grows with network and batch size: results/scaling.
 
-The networks consist of dense layers. In each series of measurements, one of three quantities
-changes: the number of parameters, the number of layers, or the batch size. For each network, steps
-of the dense baseline and of each method at 90 % sparsity are timed alternately, as in
-`benchmarks.training_cost.step_time`. `sparsify`, `strip`, a mask update, `shrink` and
-`export_tflite` are timed separately. `slope` is the slope of a line that is fitted to the
-logarithms of cost and size. With a slope of 1, cost is proportional to size.
+The networks consist of dense layers. Each series of measurements varies the number of parameters,
+the number of layers, or the batch size. For each network, steps of the dense baseline and of each
+method at 90 % sparsity are timed alternately, as in `benchmarks.training_cost.step_time`.
+`sparsify`, `strip`, a mask update, `shrink` and `export_tflite` are timed separately. `slope` is
+the slope of a line that is fitted to the logarithms of cost and size. With a slope of 1, cost is
+proportional to size.
 
 In all runs, including the dense baseline, freed memory stays in the process between steps.
 
@@ -51,8 +51,9 @@ AXES = {
     "layers": [Point(64, depth, 32) for depth in (10, 40, 200)],
     "batch": [Point(500, 4, batch) for batch in (1, 8, 64, 512)],
 }
-# Heading of the column that contains the varied quantity, and title of its section.
+# Heading of the column that contains the varied quantity.
 SIZES = {"parameters": "weights", "layers": "depth", "batch": "batch"}
+# Title of the section about the varied quantity.
 SECTIONS = {"parameters": "Number of weights", "layers": "Number of layers", "batch": "Batch size"}
 # Environment variables with which glibc keeps freed memory in the process.
 KEEP = {f"MALLOC_{what}_THRESHOLD_": str(1 << 40) for what in ("MMAP", "TRIM")}
@@ -188,14 +189,13 @@ def table():
         "The networks of this benchmark consist only of fully connected layers. All methods "
         "prune 90 % of the weights. All times are measured on one core. The first table of each "
         "section gives the step time of each method relative to the dense network, as the median "
-        f"of {ROUNDS} rounds. Each round measures every network once. The second table gives times "
-        "of single function calls in seconds. The mask "
-        "update (`update`) runs once every hundred training steps. `sparsify`, `strip`, `shrink` "
-        "and the export with `export_tflite` run once per network. The export runs with "
+        f"of {ROUNDS} rounds. Each round measures every network once. The second table gives "
+        "times of single function calls in seconds. The column `update` contains the time of a "
+        "mask update, which runs once every hundred training steps. `sparsify`, `strip`, "
+        "`shrink` and the export with `export_tflite` run once per network. The export runs with "
         "`measure=False`, so that no latencies are measured. Each cost grows approximately as a "
-        "power of the number of weights, layers or samples. The row `slope` gives the exponent of "
-        "this power. `make bench-scaling` writes this page from "
-        "`results/scaling/runs.jsonl`.",
+        "power of the number of weights, layers or samples. The row `slope` gives the exponent. "
+        "`make bench-scaling` writes this page from `results/scaling/runs.jsonl`.",
     ]
     stored = results.runs(BENCHMARK)
     for backend in BACKENDS:
@@ -211,7 +211,7 @@ def table():
 
 
 def _rows(heading, sizes, costs, digits, unit="") -> list[str]:
-    """Return the lines of a table with a row per size, and with the slopes in the last row."""
+    """Return the lines of a table with one row per size. The last row contains the slopes."""
     rows = [
         [f"{size:,}", *(f"{value:{digits}}{unit}" for value in cost.values())]
         for size, cost in zip(sizes, costs)

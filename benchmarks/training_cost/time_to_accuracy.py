@@ -5,21 +5,21 @@ python -m benchmarks.training_cost.time_to_accuracy --table
 
 LeNet-300-100 is trained on MNIST to 95 % sparsity for 2 to 10 epochs, as in
 `benchmarks.accuracy.methods`. Each pruning method prunes the network during training. The baseline
-is trained without pruning for half of the epochs, and then pruned to the target in one shot.
-Fine-tuning restarts with the initial learning rate. The accuracy goal is half a percentage point
-below the accuracy of the dense network after five epochs. The result is the smallest number of
-epochs with which the mean accuracy over the seeds reaches the goal. Runs that are already stored
+is trained without pruning for half of the epochs, and then pruned to the target sparsity in one
+shot. Fine-tuning restarts with the initial learning rate. The accuracy goal is half a percentage
+point below the accuracy of the dense network after five epochs. The result is the smallest number
+of epochs with which the mean accuracy over the seeds reaches the goal. Runs that are already stored
 are skipped.
 
 The number of operations is proportional to the density, because each weight of LeNet-300-100 is
 multiplied once per sample. A training step computes three matrix products: outputs, gradients of
 the inputs, and gradients of the weights. Each multiplication with a weight counts as two
-operations. keras_dst computes dense products. The column "zeros skipped" counts only products with
-nonzero weights. The number of these products is computed from the mean density of each epoch. DST,
-DCIL and OptG (`ALIVE`) can restore a pruned weight in any step, and therefore need the gradients of
-all weights in every step. RigL needs the gradients of pruned weights only in the step before a mask
-update. For RigL, the table does not count the operations that compute the gradients of pruned
-weights.
+operations. keras_dst computes all products, including products with zeros. The column "zeros
+skipped" counts only products with nonzero weights. The number of these products is computed from
+the mean density of each epoch. DST, DCIL and OptG (`ALIVE`) can restore a pruned weight in any
+step, and therefore need the gradients of all weights in every step. RigL needs the gradients of
+pruned weights only in the step before a mask update. For RigL, the table does not count the
+operations that compute the gradients of pruned weights.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def train_network(method, epochs, seed, data):
 
 
 def densities(result) -> list[float]:
-    """Return for each epoch the mean of its density at the start and its density at the end."""
+    """Return one density per epoch: the mean of the densities at the start and at the end."""
     way, epochs = result["way"], result["epochs"]
     if way == "dense":
         return [1.0] * epochs
@@ -73,10 +73,9 @@ def densities(result) -> list[float]:
 
 
 def operations(result) -> tuple[float, float]:
-    """Return two counts of the operations of a training run, relative to one dense epoch.
+    """Count all operations of a training run, and only the operations with nonzero weights.
 
-    The first count includes all executed operations. The second count includes only operations with
-    nonzero weights.
+    Return both numbers relative to the number of operations of one dense epoch.
     """
     paths = PATHS.get(result["way"], 1)
     left = 0.0
