@@ -15,11 +15,12 @@ once = pytest.mark.once
 #: Pytest mark of slow tests, which run in `make test-all` but not in `make test`.
 slow = pytest.mark.slow
 
-#: Pytest mark of tests in which every case compiles a training step. Compilation takes most of the
-#: test time. With `every(n)`, `make test` runs all cases on PyTorch, but only every n-th case on
-#: TensorFlow and JAX. All marked test cases of a file are counted together. TensorFlow and JAX run
-#: different test cases of a file. With `every(0)`, a test runs on PyTorch only, and with `every(1)`
-#: on each backend. `make test-all` runs all cases on all backends.
+#: Pytest mark of tests that compile a training step in every test case. Compilation takes most of
+#: the test time. With the mark `every(n)`, `make test` runs all test cases on PyTorch, but only
+#: every n-th test case on TensorFlow and JAX. One counter counts the marked test cases of all tests
+#: in a file. TensorFlow and JAX run different test cases of a file. With `every(0)`, `make test`
+#: runs a test only on PyTorch. With `every(1)`, `make test` runs all test cases on each backend.
+#: `make test-all` runs all cases on all backends.
 every = pytest.mark.every
 
 #: Pytest mark of tests that export many models. JAX and PyTorch start a second Python process for

@@ -10,8 +10,8 @@ from importlib.metadata import distributions
 import pytest
 
 # The tests train the same small models many times, so a cache ensures that XLA compiles each
-# program only once. If a program compiles in less than 0.2 s, it is not cached, because reading the
-# cached program would take longer.
+# program only once. Programs that compile in less than 0.2 s are not cached, because reading them
+# from the cache would take longer than compilation.
 cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -70,13 +70,13 @@ def free_compiled_programs():
     """Free the models and compiled programs of a test file after its last test.
 
     Every compiled JAX program uses several memory mappings. Linux allows 65,530 mappings per
-    process, and JAX crashes with a segmentation fault if a process needs more. JAX programs are
-    freed only if the process has many mappings, so that test files share the programs of single
-    operations.
+    process, and JAX crashes with a segmentation fault if a process needs more. This fixture frees
+    JAX programs only if the process has many mappings. Otherwise, later test files can reuse the
+    compiled programs of single operations.
 
-    TensorFlow never frees the gradient functions of custom gradients. Each of these functions keeps
-    the graph of a whole training step in memory. This fixture deletes the functions, because the
-    graphs of all tests would need about 8 GB of memory.
+    TensorFlow never frees the gradient functions of custom gradients. Each gradient function keeps
+    the graph of a whole training step in memory. This fixture deletes the gradient functions,
+    because the graphs of all tests together would need about 8 GB of memory.
     """
     yield
     if os.environ.get("KERAS_BACKEND") == "jax" and mappings() > 15_000:
@@ -119,8 +119,8 @@ def pytest_collection_modifyitems(items):
         elsewhere = item.get_closest_marker("once") or item.get_closest_marker("slow")
         if mark is None or only_here or elsewhere:
             continue
-        # Each test case adds 1 / n to the sum of its file. A test case runs if the sum thereby
-        # reaches the next whole number.
+        # Each test case with the mark `every(n)` adds 1 / n to the sum of its file. The test case
+        # runs if the sum then reaches or passes a whole number.
         (n,) = mark.args
         before = shares.get(item.path, start)
         shares[item.path] = after = before + (Fraction(1, n) if n else 0)

@@ -190,7 +190,7 @@ def interpreter(version: str) -> str | None:
 def attempt(wheel: str, check: tuple[str, str]) -> tuple[str, list[str]]:
     """Run a check in a worker process.
 
-    Return the output of the check, and its lines in the summary of all checks.
+    Return the output of the check, and the lines about this check in the summary of all checks.
     """
     name = "-".join(check)
     log = FOLDER / f"{name}.log"

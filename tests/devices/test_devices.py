@@ -1,4 +1,4 @@
-"""Tests of training on several devices: all copies of a weight equal the result on one device."""
+"""Tests of training on several devices: every device gets the same weights as one device alone."""
 
 import keras
 import numpy as np
@@ -9,8 +9,8 @@ from tests.devices import trainings
 from tests.devices.launch import launch
 
 BACKEND = keras.backend.backend()
-# SETUPS contains for each setup of this backend: its name, the number of processes, and the names
-# of the runs on several devices.
+# SETUPS lists the setups of this backend. Each setup has a name, a number of processes, and the
+# names of its training runs on several devices.
 SETUPS = {
     "tensorflow": [("mirrored", 1, ["mirrored"]), ("workers", 2, ["workers"])],
     "jax": [("sharded", 1, ["data", "model"])],
@@ -18,8 +18,8 @@ SETUPS = {
 }[BACKEND]
 COPIES = 2  # Number of copies of each variable in a run on several devices.
 # Methods that limit the gradients of pruned weights. On TensorFlow and PyTorch, every device
-# computes this limit from its part of the batch. The trained weights therefore differ from a run on
-# one device. On JAX, the limit is computed from the whole batch.
+# computes the limit from its part of the batch. The trained weights therefore differ from the
+# weights of a run on one device. On JAX, the limit is computed from the whole batch.
 LIMITED = {"dst", "optg", "consensus"} if BACKEND != "jax" else set()
 # In `make test`, only tests/devices/test_pages.py trains on several TensorFlow workers.
 RUNS = [

@@ -1,8 +1,8 @@
 """Train a small network with every method on one or several devices, for test_devices.py.
 
-For each method, run and copy of the variables, `python -m tests.devices.trainings SETUP FOLDER`
-writes one file `METHOD.RUN.COPY.npz`. A file contains one array for each variable. The name of an
-array is the path of its variable.
+`python -m tests.devices.trainings SETUP FOLDER` writes the files `METHOD.RUN.COPY.npz`, one file
+for each method, training run and copy of the variables. A file contains one array for each
+variable. The name of an array is the path of its variable.
 """
 
 # ruff: noqa: E402 - Set up the devices before the backend is imported.
@@ -54,9 +54,9 @@ ALL_METHODS = {
     "rigl": methods.RigL(0.7),
 }
 # Names of the methods that `make test` trains on each backend. TensorFlow and JAX compile every
-# method for several layouts of devices, so only one method is trained on TensorFlow and one on JAX.
-# DCIL changes the layers, and RigL updates the masks in the optimizer. test_pages.py trains other
-# methods with the same strategies.
+# method for several layouts of devices, so `make test` trains only one method on each of these two
+# backends. DCIL changes the layers, and RigL updates the masks in the optimizer. test_pages.py
+# trains other methods with the same strategies.
 SHORT = {"tensorflow": ["dcil"], "jax": ["rigl"], "torch": ["dcil", "rigl", "dst", "consensus"]}
 METHODS = short(ALL_METHODS, *SHORT[keras.backend.backend()])
 BATCH, EPOCHS = 16, 2
@@ -242,7 +242,7 @@ def sharded(folder):
 def whole_on_each(variable):
     """Return two complete copies of a variable that is sharded over several devices.
 
-    Every shard exists on several devices. Each copy joins one replica of every shard.
+    Every shard is stored on several devices. To build a copy, join one replica of every shard.
     """
     parts = {}
     for shard in variable.value.addressable_shards:

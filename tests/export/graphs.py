@@ -135,7 +135,8 @@ class Graph:
         return self.op("PAD", [x, widths], shape, schema.PadOptionsT())
 
     def convolve(self, op, x, weight, stride=1, same=True, dilation=1, multiplier=1):
-        """Add a convolution op with a bias. ``weight`` is an array or the index of a tensor."""
+        """Add a convolution op with a bias. ``weight`` is an array, or the index of a tensor in the
+        graph."""
         options = {
             "CONV_2D": schema.Conv2DOptionsT,
             "DEPTHWISE_CONV_2D": schema.DepthwiseConv2DOptionsT,

@@ -27,8 +27,8 @@ def stored(model, graph=0):
     return [(tensor, model.buffers[tensor.buffer].data.view(np.float32)) for tensor in tensors]
 
 
-# A weight with three rows of two 1x4 blocks. The first row keeps only its second block, the second
-# row keeps no block, and the third row keeps both blocks.
+# This weight has three rows, and each row has two 1x4 blocks. The first row keeps only its second
+# block, the second row keeps no block, and the third row keeps both blocks.
 GOLDEN = np.array(
     [[0, 0, 0, 0, 1, 2, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 0, 0, 0]], np.float32
 )
@@ -115,7 +115,7 @@ def test_sparse_fully_connected_equals_dense(format, density, resolver):
 
 
 def test_fully_connected_with_a_sparse_weight_has_version_8():
-    """XNNPACK would read the sparse weight of a FULLY_CONNECTED op of version 12 as dense.
+    """XNNPACK wrongly treats the sparse weight of a FULLY_CONNECTED op of version 12 as dense.
 
     TensorFlow's converter writes FULLY_CONNECTED ops of version 12.
     """

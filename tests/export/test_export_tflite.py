@@ -123,7 +123,7 @@ def test_multilayer_perceptron(tmp_path, density, block, expected):
     check(report, model, path)
     assert encodings(report) == expected
     # A stored value needs 4 bytes, and an index needs 1 or 2 bytes. With 1x4 blocks, four values
-    # share one index. All other data of the file need at most 8,000 bytes.
+    # share one index. Everything else in the file needs at most 8,000 bytes.
     per_weight = {"csr": 6, "1x4": 4.5, "csr+densify": 6, "dense": 4}[expected[0]]
     assert report.bytes < report.dense_bytes * density * per_weight / 4 + 8000
 
@@ -189,8 +189,8 @@ def test_302_inputs_are_not_truncated_to_300(tmp_path):
 @on_tensorflow
 @pytest.mark.parametrize(("optimize", "form"), [("size", "csr"), ("latency", "csr+densify")])
 def test_export_of_sequences_and_recurrence(tmp_path, optimize, form):
-    """The file contains FULLY_CONNECTED ops with inputs of rank 3, and weights inside a WHILE
-    op."""
+    """The file contains FULLY_CONNECTED ops whose inputs have rank 3, and a WHILE op that contains
+    weights."""
     x = keras.Input(batch_shape=(2, 5, 32))
     y = layers.LSTM(32, return_sequences=True)(layers.Dense(32)(x))
     model = prune(keras.Model(x, y), 0.3)
@@ -486,7 +486,8 @@ def model():
 
 @pytest.fixture
 def converted(monkeypatch):
-    """Return a function that lets every conversion return a file with the given weight."""
+    """Return a function that replaces the conversion of models: every conversion then returns a
+    file with the given weight."""
 
     def convert_to(weight):
         content = fully_connected(weight, name="dense/MatMul")

@@ -24,7 +24,8 @@ def only(content, *goal):
 
 
 def timer(**seconds_of):
-    """Return a timer that returns fixed seconds for each format.
+    """Return a replacement for the timer of files, which returns a fixed time for each storage
+    format.
 
     The timer detects the format of a weight from the ops in the file.
     """
@@ -268,7 +269,7 @@ BY_4 = WIDE | {"1x4", "1x4+densify", "int8 1x4+densify"}
     ("inputs", "expected"),
     [
         (302, WIDE),  # 302 is not a multiple of 4 or 16, so blocks would lose the last inputs.
-        (300, BY_4),  # Blocks of 16 would lose the last 12 of the 300 inputs.
+        (300, BY_4),  # With blocks of 16, the file would lose the last 12 of the 300 inputs.
         (304, BY_4 | {"int8 1x16"}),
         (4096, BY_4 | {"int8 1x16"}),
         # A row of 4112 inputs has 257 blocks, but LiteRT's kernel for float inputs stores the
@@ -289,7 +290,8 @@ def test_selected_formats_of_a_full_row(inputs, right):
 
 
 def test_convolutions_never_read_a_sparse_weight():
-    """A sparse CONV_2D op is replaced by FULLY_CONNECTED, or a DENSIFY op unpacks its weight.
+    """The exporter replaces a sparse CONV_2D op with FULLY_CONNECTED, or adds a DENSIFY op that
+    unpacks the weight.
 
     For depthwise and transposed convolutions, a DENSIFY op must unpack the weight.
     """

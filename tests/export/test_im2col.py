@@ -98,6 +98,6 @@ def test_im2col_shares_equal_constants():
     format = Format(1, unpack=False, im2col=True)
     model = read(encode(dense, {weight.buffer: format for weight in weights(read(dense))}))
     integers = [t for t in model.subgraphs[0].tensors if t.type == schema.TensorType.INT32]
-    # The file contains 20 integer constants: the paddings, and for the slices, nine arrays of
-    # begins, nine arrays of ends, and the steps.
+    # The file contains 20 integer constants: one for the paddings, and 19 for the slices. The
+    # slices have nine arrays of begins, nine arrays of ends, and one shared array of steps.
     assert len(integers) == 1 + 9 + 9 + 1

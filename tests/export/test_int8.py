@@ -88,8 +88,8 @@ def test_directly_read_int8_blocks_equal_dense_within_rounding(inputs, resolver)
     x = np.random.default_rng(0).standard_normal((3, inputs)).astype(np.float32)
     found, expected = run(content, x, resolver), x @ weight.T
     np.testing.assert_array_equal(found, run(encode_dense(dense, formats), x, BUILTIN))
-    # Inputs and weights are rounded to int8. Each rounding error is at most half a step, and a step
-    # is 1/127 of the largest value.
+    # Inputs and weights are rounded to int8. Each rounding error is at most half a quantization
+    # step. A quantization step is 1/127 of the largest magnitude.
     steps_x, steps_w = np.abs(x).max(1, keepdims=True) / 127, np.abs(weight).max(1) / 127
     bound = steps_x / 2 * np.abs(weight).sum(1) + np.abs(x) @ (weight != 0).T * steps_w / 2
     assert (np.abs(found - expected) <= 1.02 * bound).all()
@@ -135,7 +135,7 @@ def integers(op, weight):
     ],
 )
 def test_sparse_weights_keep_integer_ops(op, shape, block, version):
-    """After a DENSIFY op, XNNPACK accepts only version 8 of FULLY_CONNECTED."""
+    """If a DENSIFY op unpacks the weight, XNNPACK accepts only FULLY_CONNECTED ops of version 8."""
     dense = integers(op, sparse_values(shape, 0.1, block))
     plan = select_formats(dense, Objective("size"))
     (choice,) = plan.choices
@@ -172,11 +172,13 @@ def cases(values):
 
 
 def largest_rounding_error(kernel, x):
-    """Return the largest possible error of a product whose kernel and inputs are rounded to int8.
+    """Return an upper bound of the error of `x @ kernel`, divided by the largest output, if both
+    factors are rounded to int8.
 
-    Let ``dx`` and ``dw`` be the rounding errors of an input ``x`` and a weight ``w``. Their product
-    then has the error ``dx w + x dw + dx dw``. Each rounding error is at most half a quantization
-    step. The sum of the absolute values of the three terms is an upper bound of the error.
+    Let ``dx`` and ``dw`` be the rounding errors of an input ``x`` and a weight ``w``. The product
+    of the rounded values then has the error ``dx w + x dw + dx dw``. Each rounding error is at most
+    half a quantization step. The sum of the magnitudes of these three terms is an upper bound of
+    the error.
     """
     steps_w = np.abs(kernel).max(axis=0) / 127
     steps_x = np.abs(x).max(axis=1, keepdims=True) / 127
@@ -200,9 +202,10 @@ def test_export_with_quantized_weights(converted, tmp_path, optimize, format):
 
 
 def test_a_wrong_scale_is_detected(converted, tmp_path, monkeypatch):
-    """A wrong int8 scale is simulated: the weights of the dense file are 1.2 times as large.
+    """Simulate a wrong int8 scale: multiply the weights of the dense file by 1.2.
 
-    The outputs of the sparse file agree with Keras, but not with the outputs of this dense file.
+    The outputs of the sparse file then agree with the outputs of Keras, but not with the outputs of
+    the dense file.
     """
     larger = fully_connected(converted.layers[1].get_weights()[0].T * np.float32(1.2))
     monkeypatch.setattr(pipeline.encode, "encode_dense", lambda content, formats: larger)

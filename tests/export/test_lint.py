@@ -61,8 +61,8 @@ def densified(weight, block=1):
 
 
 def half(weight, densify):
-    """Return a function that stores a sparse float16 weight. TensorFlow's converter wrongly stores
-    such weights without a DENSIFY op."""
+    """Return a function that adds a sparse float16 weight to a graph. TensorFlow's converter
+    wrongly stores such weights without a DENSIFY op."""
 
     def make(graph):
         packed = (densified if densify else stored)(weight.astype(np.float16), 4)(graph)

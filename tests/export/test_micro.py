@@ -94,7 +94,7 @@ def test_micro_report_compares_the_file_with_dense_int8(report):
     found = report.micro
     assert found.bytes == report.bytes == report.path.stat().st_size
     assert found.bytes < 0.3 * found.dense_bytes
-    # The arena is the working memory of the interpreter. It also stores decoded weights.
+    # The arena, which is the working memory of the interpreter, also stores decoded weights.
     assert found.arena > found.dense_arena
     assert found.samples == len(x)
     assert [file.name for file in report.files] == ["dense float32", "dense int8", "this file"]

@@ -128,8 +128,8 @@ def gated(*squeeze):
 def network(*steps, size=16, channels=3, also=()):
     """Return a file with one graph. The functions in ``steps`` add ops to the graph, in order.
 
-    ``also`` contains positions in the list ``steps``. The result of each of these steps is one more
-    output of the file.
+    ``also`` contains indices of ``steps``. The results of the steps with these indices are
+    additional outputs of the file.
     """
     graph = File().graph()
     x = y = graph.tensor([1, size, size, channels])
@@ -170,10 +170,11 @@ BODY = (entry, depthwise(), pointwise)
 SQUEEZE = (pointwise, unary("LOGISTIC"))
 ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
 
-# A region is a part of a graph that XNNPACK can run in NCHW layout. MIDDLES contains the expected
-# behavior of LiteRT 2.3 for several regions, on a CPU whose AVX is hidden. "on" means that XNNPACK
-# runs the region with sparse kernels. "off" means that XNNPACK does not use sparse kernels. "wrong"
-# means that XNNPACK runs the region and computes wrong outputs.
+# A region is a part of a graph that XNNPACK can run in NCHW layout. MIDDLES maps a name to the ops
+# in the middle of a region, and to the expected behavior of LiteRT 2.3. The AVX of the CPU is
+# hidden from LiteRT. "on" means that XNNPACK runs the region with sparse kernels. "off" means that
+# XNNPACK does not use sparse kernels. "wrong" means that XNNPACK runs the region and computes wrong
+# outputs.
 MIDDLES = {
     "nothing": ([], "on"),
     "activations": ([unary("RELU"), unary("HARD_SWISH"), unary("LOGISTIC"), unary("SIN")], "on"),
@@ -284,7 +285,7 @@ def test_no_region_without_densify():
 def test_ops_that_xnnpack_may_run_later_count_as_wrong(step):
     """The verdict is also "wrong" for ops that XNNPACK does not run in LiteRT 2.3.
 
-    Other versions of XNNPACK may run the tested ops and compute wrong results.
+    Other versions of XNNPACK may run such ops, and then compute wrong results.
     """
     assert verdict(network(*BODY, step, pointwise, mean)) == "wrong"
 

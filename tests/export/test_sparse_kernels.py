@@ -76,8 +76,8 @@ WRITTEN = {
         integers("CONV_2D", CONV_INTEGERS), Objective("size")
     ).content,
 }
-#: RULES maps a name to a file and to the verdict that is expected for this file. In these files,
-#: DENSIFY ops unpack all sparse weights.
+#: RULES maps a name to a file and to its expected verdict. In all files of RULES, DENSIFY ops
+#: unpack the sparse weights.
 RULES = {
     f"{kind}: {name}": (unpacked(network(*BODY, *before, *steps, *after)), verdict)
     for kind, cases, before, after in (
@@ -138,7 +138,7 @@ def test_exported_files_agree_on_all_cpus(outputs, name):
     ("name", "verdict"), [(name, verdict) for name, (_, verdict) in RULES.items()]
 )
 def test_verdicts_agree_with_the_runtime(outputs, name, verdict):
-    """Check that LiteRT computes wrong outputs exactly if the verdict is "wrong"."""
+    """Check that LiteRT computes wrong outputs if and only if the verdict is "wrong"."""
     expected, delegated, builtin = outputs[name]
     assert error(builtin, expected) < 1e-4
     assert (verdict == "wrong") == (not error(delegated, expected) < 1e-4)
