@@ -52,7 +52,7 @@ def forward(x, p):
 
 
 def backward(dz, p, cache):
-    """Return the gradients of the weights used in `forward`, given the gradients of the logits."""
+    """Return the gradients of all weights, computed from the gradients `dz` of the logits."""
     dn = dz @ p["w2"].T * (cache["n"] > 0)
     normal = cache["normal"]
     dnormal = dn * p["gamma"]

@@ -177,8 +177,9 @@ def driver_of(method, *widths):
     return driver
 
 
-# METHODS maps a method to the largest number of passes that its mask update may need. A pass reads
-# or writes every weight once, in float32, and moves four bytes per weight.
+# METHODS maps a name to a method, and to the largest number of passes that a mask update of this
+# method may need. A pass reads or writes every weight once, in float32, and moves four bytes per
+# weight.
 METHODS = {
     "Magnitude": (keras_dst.methods.Magnitude(0.9), 20),
     "FlipOut": (keras_dst.methods.FlipOut(0.9), 20),
@@ -215,12 +216,12 @@ def loops_of_update(name):
     import jax
     from jax import export
 
-    # If the trace of an earlier test were cached, JAX would not trace the search.
+    # Clear the cache: with a cached trace of an earlier test, JAX would not trace the search again.
     _shared.cache_clear()
     driver = driver_of(METHODS[name][0], *LARGE)
     now = ScheduleState(*map(ops.convert_to_tensor, (3, 0.3, 0.9)))
-    # Compile the update again instead of calling the function of the driver, because the trace of
-    # this function may be cached.
+    # Compile the update again. If the compiled function of the driver had a cached trace, JAX would
+    # not trace the update.
     update = jax.jit(
         lambda weights, states, kept, now: driver.method.update(
             weights, states, driver.layouts, kept, now
@@ -243,10 +244,10 @@ def test_a_lowered_update_loops_only_to_search_for_thresholds(name, searches, mo
 
 
 class Operations:
-    """Counts of the operations that PyTorch runs, and that a GPU would launch as kernels.
+    """Counts of the PyTorch operations that would launch a kernel on a GPU.
 
     Attributes:
-        launched: Number of operations, except operations that only return a view of a tensor.
+        launched: Number of operations, without operations that only return a view of a tensor.
         moved: Number of bytes that the operations read and write.
         waits: Number of times that the host reads a value from the device.
         copies: Number of copies from the host to the device, each of a number or an array.
@@ -263,7 +264,8 @@ class Operations:
         from torch.utils._python_dispatch import TorchDispatchMode
         from torch.utils._pytree import tree_leaves
 
-        # An operation in `selects` or `changes_selected` uses only some entries of a tensor.
+        # Operations in `selects` read only some entries of a tensor, and operations in
+        # `changes_selected` change only some entries.
         selects = {"index", "index_select", "embedding", "take", "gather"}
         changes_selected = {"index_put_", "index_add_", "index_fill_"}
         overwrites = {"copy_", "fill_", "zero_"}
@@ -325,7 +327,8 @@ class Operations:
 @pytest.mark.parametrize("widths", [(1024, 2048), (1024, 3072, 1536, 512)], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_operations_bytes_and_memory_of_a_torch_update(name, widths, monkeypatch):
-    # Set a limit so low that the ranking does not sort all scores of this small model.
+    # The ranking sorts all scores of a model only up to a limit. Lower the limit so that this small
+    # model exceeds it.
     monkeypatch.setattr(selection, "_SORTED", 1 << 15)
     method, passes = METHODS[name]
     driver = driver_of(method, *widths)
@@ -365,8 +368,8 @@ def test_an_update_of_small_weights_waits_once(name, pattern):
     with first.counted():
         driver.begin(1000, 1000, 100)
     # The host also reads the step of the optimizer, and the step and length of the schedule. RigL
-    # first computes every mask update as if another update had come before. For the first update,
-    # this result is wrong, so RigL computes the update again and waits once more.
+    # computes a mask update on the assumption that an earlier update exists. For the first update,
+    # this assumption is wrong, so RigL computes the update again and waits once more.
     assert first.waits <= 4 + (name == "RigL")
     driver.advance(250)
     with later.counted():
@@ -398,7 +401,7 @@ def waits_of_steps(method):
 def test_a_torch_step_waits_no_more_than_a_dense_step(name):
     method = METHODS[name][0] if name in METHODS else keras_dst.methods.DST()
     method = type(method).from_config({**method.get_config(), "frequency": 1000})
-    # Three steps are trained. No mask is updated in the third step, which is compared.
+    # Train three steps, and compare the waits of the third step, in which no mask is updated.
     assert waits_of_steps(method)[-1] == waits_of_steps(None)[-1]
 
 

@@ -290,7 +290,8 @@ def test_an_optimizer_without_its_model_warns():
 
 @pytest.mark.parametrize("make", [methods.SET, methods.RigL])
 def test_biases_follow_once_no_channel_grows(make):
-    """Pruned channels may be restored, so they keep their biases until the last mask update."""
+    """Until the last mask update, pruned channels keep their biases, because an update may restore
+    these channels."""
     model = compiled(make(0.5, "uniform", "channel", stop=0.5, frequency=1))
     followers = {}
     for variable in (model.get_layer("stem").bias, model.get_layer("stem_norm").beta):
@@ -348,7 +349,8 @@ def test_dst_meets_a_target_in_flops():
     small = keras_dst.shrink(model)
     before, after = keras_dst.report(model), keras_dst.report(small)
     # Channels are pruned in multiples of 8. In the residual sum, 8 of the 32 channels need 14 % of
-    # the FLOPs or less. The FLOPs may therefore differ from the target by 14 %.
+    # the FLOPs or less. The remaining FLOPs may therefore differ from the target by up to 14 % of
+    # all FLOPs.
     assert after.dense_flops / before.dense_flops == pytest.approx(0.5, abs=0.14)
 
 

@@ -75,8 +75,8 @@ def test_the_clock_needs_the_number_of_training_steps():
     ],
 )
 def test_default_periods(cls, period):
-    """A long training run updates masks as often as the paper does. A short training run updates
-    masks at least 20 times."""
+    """In a long training run, masks are updated as often as in the paper of the method. In a short
+    training run, masks are updated at least 20 times."""
     method = cls(0.8)
     assert update_clock(method, method.schedule, total=10_000, epoch=50).period == period
     short = update_clock(method, method.schedule, total=60, epoch=10)

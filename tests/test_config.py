@@ -24,7 +24,8 @@ from keras_dst.methods import (
 from keras_dst.schedules import Constant, Cubic, Geometric, Sigmoid
 
 GROUPS = [["stem", "project"], ["expand", ("depthwise", -2)]]
-# Each argument of each class differs from its default in at least one of these objects.
+# For every argument of every class, at least one of these objects has a value that is not the
+# default.
 OBJECTS = [
     Constant(0.9, begin=0.25),
     Constant(0.9, begin_step=10),

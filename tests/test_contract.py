@@ -36,9 +36,9 @@ METHODS = {
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
     # Consensus removes 30 % of the FLOPs, plus or minus the FLOPs of one unit, because it removes
-    # whole units. The pruned fraction of the 2,688 weights depends on the layers of these units.
-    # This fraction is 12.5 % for 14 units with 24 weights each, and 30.4 % for 17 units with 48
-    # weights each.
+    # whole units. The pruned fraction of the 2,688 weights depends on which layers lose units. This
+    # fraction is 12.5 % for 14 units with 24 weights each, and 30.4 % for 17 units with 48 weights
+    # each.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.2145, 0.09),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
@@ -66,7 +66,7 @@ METHODS = {
 
 x = np.random.default_rng(0).standard_normal((256, 24)).astype("float32")
 y = (x @ np.random.default_rng(1).standard_normal((24, 4))).argmax(1)
-BATCH, EPOCHS = 16, 6 if COMPILES else 4  # PyTorch steps are not compiled.
+BATCH, EPOCHS = 16, 6 if COMPILES else 4  # On PyTorch, training steps are not compiled.
 
 
 ONE_OF_A_FAMILY = [METHODS[name][0] for name in ("dst-target", "magnitude-revival")]
@@ -298,7 +298,8 @@ COMPILE_ARGUMENTS = {
     ],
     # `jit_compile` needs no test here, because all other tests on JAX use it.
     "jax": [{"steps_per_execution": 4}],
-    # Keras rejects steps_per_execution on PyTorch. Compiling a PyTorch step takes a minute.
+    # Keras rejects steps_per_execution on PyTorch. On PyTorch, the compilation of a training step
+    # takes a minute.
     "torch": [
         {"run_eagerly": True},
         pytest.param(

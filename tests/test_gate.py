@@ -71,7 +71,7 @@ def test_values_and_gradients_of_a_logit():
     state = gate.sparse_state["gate"]
     inputs = np.random.default_rng(0).standard_normal((2, 3, 4)).astype("float32")
     state["logit"].assign(logit)
-    # The logit 0 gives the probability pi = 0.5, and such a gate is open.
+    # A gate with the logit 0 has the probability pi = 0.5 and is open.
     z = np.float32([1, 0, 1])
     np.testing.assert_array_equal(array(gate(inputs)), inputs * z[:, None])
 
@@ -88,7 +88,8 @@ def test_values_and_gradients_of_a_logit():
 
 
 def test_values_of_the_gating_module():
-    # The gating module of the paper: global average pool, dense, batch norm, ReLU, dense, sigmoid.
+    # The gating module of the paper consists of global average pooling, a dense layer, batch
+    # normalization, ReLU, a second dense layer, and a sigmoid.
     keras.utils.set_random_seed(1)
     gate = Gate(dependent=True, units=5, momentum=0.75)
     rng = np.random.default_rng(0)

@@ -118,8 +118,8 @@ def test_images_show_the_density_maps(saved):
     images = re.findall(r"base64,([^\"]*)", path.read_text("utf-8"))
     for row, image in zip(found.layers, images):
         pixels = imread(io.BytesIO(base64.b64decode(image)))
-        # A pixel shows the density of several weights. Its opacity is the square root of the
-        # density, rounded to 8 bits.
+        # The opacity of a pixel is the square root of the density of several weights, rounded to 8
+        # bits.
         np.testing.assert_allclose(pixels[..., 3] ** 2, row.density_map, atol=0.01)
 
 

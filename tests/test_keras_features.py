@@ -238,7 +238,8 @@ def config(name, **options):
     "mode", ["int8", pytest.param("float8", marks=once), 8, pytest.param(None, marks=once)]
 )
 def test_zeros_stay_zeros_when_a_model_is_quantized(mode):
-    """If `mode` is a number, it is the block size of int4. None means int4 without blocks."""
+    """A number as `mode` means int4 with blocks of this size, and None means int4 without
+    blocks."""
     model = stripped()
     dense = model.layers[1:]
     zeros = [layer.kernel.numpy() == 0 for layer in dense]

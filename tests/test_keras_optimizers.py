@@ -32,7 +32,7 @@ OPTIMIZERS = {
 MODULES = [f"{name.lower()}_test" for name in OPTIMIZERS]
 MODULES = [{"schedulefreeadamw_test": "schedule_free_adamw_test"}.get(m, m) for m in MODULES]
 MODULES += ["optimizer_test", "loss_scale_optimizer_test", "multi_optimizer_test"]
-# Tests of Keras that a wrapped optimizer cannot pass, each with the reason.
+# EXCLUDED maps tests of Keras to the reasons why a wrapped optimizer cannot pass them.
 EXCLUDED = {
     "optimizer_test-test_get_method": "expects the class of the inner optimizer",
     "optimizer_test-test_optimizer_auto_naming": "expects the name of the inner class",
@@ -295,7 +295,8 @@ METHOD = Magnitude(Constant(0.5, begin_step=1), frequency=2)
 
 
 def split(sparse, plain):
-    """Return a MultiOptimizer that uses `sparse` for the first layer, and `plain` for the rest."""
+    """Return a MultiOptimizer that uses `sparse` for the first layer, and `plain` for all
+    others."""
     by_layer = keras.optimizers.OptimizerMap(default_optimizer=plain)
     by_layer[".*first/.*"] = sparse
     return keras.optimizers.MultiOptimizer(by_layer)

@@ -11,8 +11,9 @@ from keras_dst.methods import DST, Magnitude
 from tests import models
 from tests.backends import every
 
-# LAYERS maps a class of layers to its arguments, its input shape, and a dict. The dict maps the
-# name of a weight to the shape of its thresholds, with one threshold per unit.
+# LAYERS maps the name of a layer class to arguments, the shape of an input, and shapes of
+# thresholds. For each weight, a dict contains the shape of the thresholds, with one threshold per
+# unit.
 LAYERS = {
     "SparseDense": ({"units": 6}, (5,), {"kernel": (6,)}),
     "SparseEinsumDense": (

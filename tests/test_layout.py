@@ -18,8 +18,8 @@ FILES = {
     ): path
     for path in ROOT.rglob("*.py")
 }
-# Modules on each level of the package, from the lowest to the highest level. A module may import
-# only modules of its own level or of lower levels.
+# ROWS lists the modules on each level of the package, from the lowest to the highest level. A
+# module may import only modules of its own level or of lower levels.
 ROWS = (
     ("version", "_utils", "_keras"),
     ("_backend", "masks", "schedules", "allocation", "regularizers"),

@@ -51,7 +51,7 @@ def run(**variables):
 
     1. True if the process keeps a freed block of memory by default.
     2. True if the process keeps a freed block of memory after `keep_freed_memory()`.
-    3. True if `return_freed_memory()` returns this block to the operating system.
+    3. True if `return_freed_memory()` returns the freed block to the operating system.
     4. True if the process keeps a freed block of memory after `return_freed_memory()`.
     """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
@@ -90,7 +90,8 @@ class Observe(keras.callbacks.Callback):
 
 @pytest.fixture
 def policy(monkeypatch):
-    """Replace the functions that set the memory policy by functions that set `policy["kept"]`."""
+    """Replace the functions that set the memory policy. The replacements only set
+    `policy["kept"]`."""
     policy = {"kept": False}
     monkeypatch.setattr(malloc, "keep_freed_memory", lambda: policy.update(kept=True))
     monkeypatch.setattr(malloc, "return_freed_memory", lambda: policy.update(kept=False))

@@ -129,14 +129,14 @@ def test_gradients_of_masked_weights(dtype):
 @pytest.mark.parametrize(
     ("g", "mask", "expected"),
     [
-        # The root mean square of the nonzero gradients of kept entries, 3 and -4, is sqrt(12.5).
-        # The gradients of pruned entries are limited to twice this value.
+        # The kept entries have the nonzero gradients 3 and -4, whose root mean square is
+        # sqrt(12.5). The gradients of pruned entries are limited to twice this value.
         ([3, 0, -4, 50, -50], [1, 1, 1, 0, 0], [3, 0, -4, 2 * 12.5**0.5, -2 * 12.5**0.5]),
         # The limit is 2 * sqrt(12.5) = 7.07, so the gradients 7 and -7 do not change.
         ([3, 0, -4, 7, -7], [1, 1, 1, 0, 0], [3, 0, -4, 7, -7]),
         ([3, 50, -4], [1, 1, 0], [3, 50, -4]),
         ([3, 4], [0, 0], [3, 4]),  # If the mask keeps no entries, gradients are not limited.
-        # If the gradients of all kept entries are 0, the other gradients become 0, too.
+        # If the gradients of all kept entries are 0, the gradients of pruned entries become 0, too.
         ([0, 4], [1, 0], [0, 0]),
     ],
 )
@@ -236,7 +236,7 @@ BLOCKS = [
 
 
 def blocks_of(shape, block):
-    """Yield the index of every block, and the slices that select the weights of the block."""
+    """Yield `(index, slices)` for every block of a weight: `weight[slices]` is the block."""
     counts = [-(-n // b) for n, b in zip(shape, block)]
     for index in np.ndindex(*counts):
         yield index, tuple(slice(i * b, (i + 1) * b) for i, b in zip(index, block))
@@ -271,9 +271,9 @@ def test_golden_blocks():
     np.testing.assert_array_equal(array(scores), [[2.5, 0, 2], [6, -1, 0]])
     np.testing.assert_array_equal(pattern.sizes((5, 3)), [[4, 4, 4], [1, 1, 1]])
 
-    # At most six weights may be kept. The blocks with the scores 6 and 2.5 have 1 + 4 weights and
-    # are kept. The block with score 2 also has four weights, and nine kept weights would be too
-    # many.
+    # At most six weights may be kept. The blocks with the scores 6 and 2.5 contain 1 + 4 = 5
+    # weights and are kept. With the four weights of the block with the score 2, nine weights would
+    # be kept.
     (groups,) = top_k([array(scores)], 6, [pattern.sizes((5, 3))])
     np.testing.assert_array_equal(groups, [[1, 0, 0], [1, 0, 0]])
     mask = pattern.expand(ops.convert_to_tensor(groups), (5, 3))
@@ -346,7 +346,7 @@ def test_a_pattern_without_its_axis_raises(name, layout, missing):
 def reference_top_k(scores, kept, sizes=None):
     """Return masks of the groups with the highest scores, with at most `kept` entries in total.
 
-    If scores are equal, the first groups are kept.
+    Among groups with equal scores, the first groups are kept.
     """
     flat = np.concatenate([np.ravel(s) for s in scores])
     order = np.argsort(-flat, kind="stable")
@@ -507,7 +507,7 @@ def test_the_threshold_search_among_zeros_takes_few_steps(kept, monkeypatch):
         ranking._Ranking, "_count_above", lambda *args: counts.append(1) or count(*args)
     )
     assert_equal(top_k(scores, kept), reference_top_k(scores, kept))
-    # If the search halved its range down to denormal numbers, it would need 300 steps.
+    # A search that halves its range down to denormal numbers would need 300 steps.
     assert len(counts) < 40
 
 
@@ -520,7 +520,7 @@ def test_top_k_compiled_by_xla():
 def test_top_k_stops_at_the_first_group_that_does_not_fit():
     # At most 5 weights may be kept. The two groups with the highest scores contain 2 + 1 = 3
     # weights. With the third group, 6 weights would be kept. The ranking therefore stops after two
-    # groups, and does not keep the last group either, which has only 1 weight.
+    # groups. The fourth group, which has only 1 weight, is not kept either.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 
@@ -593,8 +593,8 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
 
 
 # `top_k` arranges all scores in rows. Small tensors are combined in bundles of rows, and the rows
-# of a large tensor are divided into slabs. In this test, rows, bundles and slabs are so small that
-# the scores fill several of them, and some only partly.
+# of a large tensor are divided into slabs. In this test, rows, bundles and slabs are small: the
+# scores need several of each, and some are only partly full.
 @every(2)
 def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
     sizes = {
@@ -634,8 +634,8 @@ def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
         assert_equal(best_first(kept), reference_top_k(raised([1] * len(shapes)), kept))
     for kept in (11, 12, 30, 51, 99):
         assert_equal(several_first(kept), reference_top_k(raised(several), kept))
-        # The ranking always keeps 11 groups. Here, each of these groups has up to 4 weights instead
-        # of 1, so up to 11 * 3 = 33 more weights are kept.
+        # The ranking always keeps 11 groups. With `sizes`, each of the 11 groups has up to 4
+        # weights instead of 1. Up to 11 * 3 = 33 more weights are therefore kept.
         kept += 33
         assert_equal(of_groups_first(kept), reference_top_k(raised(several), kept, sizes))
     counts = [11, 0, 2, 36]
@@ -729,7 +729,7 @@ def test_n_of_m_of_tied_and_nonfinite_scores(scores, expected):
 CONV, DENSE = random(2, 2, 6, 5, seed=5), random(10, 6, seed=6)
 
 # Columns: pattern, shape of a block in a convolution kernel, and the expected masks as packed bits
-# in hexadecimal. For a dense kernel, a block has only the last two dimensions.
+# in hexadecimal. Blocks of a dense kernel have only the last two of these dimensions.
 GOLDEN = [
     ("unstructured", (1, 1, 1, 1), "5026007a293a0e83d201e9744a0d4cb801383108110020"),
     ("1x4", (1, 1, 4, 1), "000003196b5acc6084212954a529ce10410445145128a0"),

@@ -106,7 +106,7 @@ def test_shrink_removes_named_channels_inside_the_functional_parts_of_a_model():
     expected = array(model(X, training=False))
     np.testing.assert_allclose(array(small(X, training=False)), expected, atol=1e-5)
     assert small.branch.get_layer("expand").filters == 16
-    # The output of "project" is an output of the branch, so `shrink` keeps all its channels.
+    # "project" is the output layer of the branch, so `shrink` keeps all channels of "project".
     assert small.branch.get_layer("project").filters == 16
 
 

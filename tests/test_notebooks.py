@@ -12,9 +12,9 @@ from notebooks.execute import ALL, execute
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 
 NUMBER = r"(\d[\d,]*(?:\.\d+)?(?:e-\d+)?)"
-# VALUES maps the name of a printed value to its regular expression, and to the absolute and the
-# relative difference that is allowed. The trained weights differ between CPUs. If one of the 360
-# test images is classified differently, the accuracy changes by 0.3 percentage points.
+# VALUES maps the name of a printed value to its regular expression, and to the largest allowed
+# absolute and relative difference. The trained weights differ between CPUs. If one of the 360 test
+# images is classified differently, the accuracy changes by 0.3 percentage points.
 VALUES = {
     "total sparsity": (rf"{NUMBER} ?% sparse", 0.1, 0),
     "accuracy": (rf"{NUMBER}% (?:correct|with gates|now)", 5, 0),
@@ -116,7 +116,8 @@ def test_links_in_a_notebook_have_targets(path):
 
 @each
 def test_changed_values_are_found(path):
-    """`differences` compares at least two printed values of each notebook and finds all changes."""
+    """Check that `differences` compares at least two printed values of each notebook, and finds
+    every changed value."""
     stored = printed(nbformat.read(path, as_version=4))
     assert differences(stored, stored) == []
     found = {name: numbers for name, numbers in values(stored).items() if numbers}

@@ -207,7 +207,7 @@ def test_reapply_masks_prunes_assigned_weights(revival):
     assert driver.measured_sparsity() == pytest.approx(0.8, abs=1e-3)
     for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
         np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))
-    # Before the next training step, `assign_states` must not change the assigned weights.
+    # `assign_states` must not change weights that were assigned after the last training step.
     driver.assign_states([{} for _ in pruned])
     for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
         np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))

@@ -159,7 +159,7 @@ def test_a_run_in_three_pieces_equals_a_run_in_one_piece(method, tiny, tmp_path)
 @pytest.mark.once
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 def test_short_runs_are_stored_only_in_their_folder(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "save", None)  # With None, a call of `results.save` would fail.
+    monkeypatch.setattr(results, "save", None)  # From now on, a call of `results.save` fails.
     run = Run("resnet-56-16", "Consensus", 0.5, 0, epochs=2, batch=16)
     papers.complete(run, tmp_path, deadline=0.0)
     # The deadline has already passed, so `complete` trains no epoch.

@@ -10,7 +10,8 @@ from keras_dst import methods
 x = np.random.default_rng(0).normal(2.0, 3.0, (10, 4)).astype("float32")
 y = np.arange(10) % 2
 BATCHES = (x[:4], x[4:8], x[8:])
-# MEAN and VARIANCE are means over batches of 4, 4 and 2 samples, weighted by the number of samples.
+# MEAN and VARIANCE are averages over batches of 4, 4 and 2 samples. The batch sizes are the weights
+# of the average.
 MEAN = sum(len(b) * b.mean(0) for b in BATCHES) / 10
 VARIANCE = sum(len(b) * b.var(0) for b in BATCHES) / 10
 

@@ -26,8 +26,8 @@ def runs_of(folder):
 def figure(accuracies, pattern, sparsity, epochs, net, dense, source):
     """Return the figures of the most accurate method.
 
-    The most accurate method must exceed the accuracy of Magnitude by more than the sum of both
-    standard deviations. Otherwise, return the figures of Magnitude.
+    If the accuracies of this method and of Magnitude differ by at most the sum of their standard
+    deviations, return the figures of Magnitude.
     """
 
     def deviation(name):

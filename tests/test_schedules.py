@@ -30,7 +30,7 @@ def geometric(p, final, initial):
 
 
 def stretched(p, steepness):
-    """Return the logistic curve, rescaled to go from 0 to 1."""
+    """Return the value at `p` of a logistic curve that is scaled to go from 0 to 1."""
     low, value, high = (1 / (1 + math.exp(-steepness * (q - 0.5))) for q in (0, p, 1))
     return (value - low) / (high - low)
 

@@ -302,7 +302,7 @@ def test_allocation_minimizes_the_largest_drop(seed, sparsity):
         return max(np.interp(s, grid, curve) for s, curve in zip(shares, curves))
 
     # Try all pairs of sparsities of the first two weight tensors on a fine grid. Choose the
-    # sparsity of the third tensor so that the total sparsity is met.
+    # sparsity of the third tensor so that the total sparsity equals the target.
     best = np.inf
     for first in np.linspace(0, 0.95, 96):
         for second in np.linspace(0, 0.95, 96):

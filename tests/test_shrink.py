@@ -22,8 +22,8 @@ from tests.backends import every, once
 
 pytestmark = every(32)
 
-# Fewer examples are tested on JAX and TensorFlow, because JAX compiles and TensorFlow traces every
-# op of a random network.
+# Test fewer examples on JAX, which compiles every op of a random network, and on TensorFlow, which
+# traces every op.
 EXAMPLES = 12 if keras.backend.backend() == "torch" else 3
 few = settings(
     max_examples=EXAMPLES,
@@ -134,8 +134,8 @@ def convnet(padding="same", use_bias=False):
 
 @pytest.mark.parametrize(
     ("padding", "one"),
-    # With zero padding, `shrink` keeps one dead channel, which also carries the constant outputs of
-    # the other dead channels.
+    # With zero padding, `shrink` keeps one dead channel. This channel also carries the constant
+    # outputs of the other dead channels.
     [("same", 5), ("valid", 4)],
 )
 def test_shrink_a_convolutional_network(padding, one):
@@ -267,7 +267,7 @@ def test_shrink_concatenation_depthwise_and_multiplication():
 
 
 def sequential(shape, *stack):
-    """Return a network of the given layers and an output layer, without dead channels."""
+    """Return a network of the given layers and an output layer. None of its channels is dead."""
     return randomize(
         keras.Sequential([keras.Input(shape), *stack, layers.Flatten(), layers.Dense(2)])
     )
@@ -332,8 +332,8 @@ def test_shrink_transposed_convolutions_after_a_dense_layer():
     kernel[..., 3] = 0  # No layer reads channel 3, which contains four of the 16 units of "seed".
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
-    # Only the first three units of "seed" are not zero now. `Reshape` makes these units channels 0,
-    # 1 and 2 at one of the four positions.
+    # Only the first three units of "seed" are not zero now. `Reshape` turns these units into
+    # channels 0, 1 and 2 at one of the four positions.
     kill(model, "seed", count=13)
     check(model, seed=12, one=3, two=2, three=2)
 
@@ -397,8 +397,8 @@ def test_shrink_removes_inputs_of_recurrent_layers():
 
 
 def kill_directions(layer, *names):
-    """Set all weights of the last unit of a `Bidirectional` to zero. `names` may contain
-    `"forward"` and `"backward"`."""
+    """Set all weights of the last unit of a `Bidirectional` to zero. `names` selects the
+    directions: `"forward"`, `"backward"` or both."""
     for name in names:
         cell = getattr(layer, f"{name}_layer").cell
         for variable in cell.weights:
@@ -1110,7 +1110,7 @@ def test_shrink_a_trained_residual_network(method):
     for name in ("a_1", "b_1"):  # Inside a branch, `shrink` keeps at most one dead channel.
         assert rows[name].after <= 9 - dead[name].sum()
     # `shrink` removes a channel of the sum if the channel is pruned in all layers whose outputs are
-    # added. It also removes a channel if all weights that read this channel are pruned.
+    # added. `shrink` also removes a channel if all weights that read this channel are pruned.
     summed = dead["stem"] & dead["a_2"] & dead["b_2"]
     for name in ("stem", "a_2", "b_2"):
         assert rows[name].after <= 9 - summed.sum()
@@ -1135,7 +1135,8 @@ class TestErrors:
         model = convnet()
         kill(model, "one")
         # Simulate a bug in `shrink`: ignore the zero padding, and add the constant channels to the
-        # bias of the next layer. The outputs then differ at the border.
+        # bias of the next layer. The outputs of the smaller model then differ at the border of the
+        # image.
         monkeypatch.setattr(KernelLayer, "pads_with_zeros", False)
         with pytest.raises(RuntimeError, match="would change the outputs"):
             keras_dst.shrink(model)

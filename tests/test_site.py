@@ -94,7 +94,7 @@ def test_formulas_and_figures_fit_a_phone(site):
 
 
 def test_links_are_named_after_their_page(site):
-    """The text of a link is not the name of a file or an address."""
+    """The text of a link must not be a file name or a URL."""
     for path, text in html(site).items():
         assert not re.search(r"<a [^>]*>(\d\d_\w+|https?://[^<]*)</a>", text), path
 
@@ -111,7 +111,7 @@ def test_long_names_in_tables_can_break(site):
 
 
 def test_pages_of_methods_omit_empty_columns(site):
-    """A column with only the dense baseline is omitted."""
+    """Tables have no column that would contain only the dense baseline."""
     consensus, rigl = (
         (site / f"methods/{name}/index.html").read_text() for name in ("consensus", "rigl")
     )
@@ -122,7 +122,8 @@ def test_pages_of_methods_omit_empty_columns(site):
 
 
 def test_the_reference_shows_the_default_value_of_every_argument(site):
-    """Each argument has its own row. A row with several names would show no default value."""
+    """In the table of arguments, each argument has its own row. A row for several arguments would
+    show no default value."""
     page = (site / "methods/rigl/index.html").read_text()
     rows = re.findall(r'<tr class="doc-section-item">(.*?)</tr>', page, re.DOTALL)
     rows = [re.sub(r"<[^>]+>|\s", "", row) for row in rows]

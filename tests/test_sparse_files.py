@@ -153,8 +153,8 @@ def test_damaged_files_raise(path):
         changed = bytearray(content)
         changed[place] ^= 0xFF
         damaged.append(bytes(changed))
-    # Number of damaged files from which the same model is loaded, for example because only a date
-    # in the archive has changed.
+    # Number of damaged files that still load as the same model, for example if only a date in the
+    # archive has changed.
     harmless = 0
     for data in damaged:
         path.write_bytes(data)

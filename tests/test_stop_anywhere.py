@@ -95,7 +95,7 @@ def check_same(model, other):
 
 @pytest.fixture(scope="module")
 def whole():
-    """Train a model with RigL in one run; return the method and the model."""
+    """Train a model with RigL without an interruption, and return the method and the model."""
     method = stop_worker.ALL_METHODS["rigl"]
     model = stop_worker.build(method)
     stop_worker.fit(model, SparseTraining())

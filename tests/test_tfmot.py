@@ -394,7 +394,7 @@ class Unknown(Named):
 
 
 class Outer(layers.Layer):
-    """Layer without a `build` method. Its inner layer creates weights in `build`."""
+    """Layer without a `build` method, whose inner layer creates its weights in `build`."""
 
     def __init__(self):
         super().__init__()
@@ -603,7 +603,8 @@ def test_the_xnnpack_policy_prunes_1x1_convolutions():
 
 
 def xnnpack_around(inner, subtract=False):
-    """Return a model that contains the model `inner`. With `subtract`, a subtraction follows."""
+    """Return a model that contains the model `inner`. If `subtract` is True, the model also
+    subtracts two tensors."""
     inputs = keras.Input((16, 16, 3))
     z = inner(layers.Conv2D(4, 3, strides=2)(layers.ZeroPadding2D(1)(inputs)))
     after = layers.Conv2D(4, 1, name="after")(z)

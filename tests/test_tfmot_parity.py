@@ -70,7 +70,7 @@ def pruned(model):
 def fit(model, case, epoch, record, first):
     """Train for an epoch, and compare the masks and weights of every step with the record of tfmot.
 
-    After each comparison, the weights are set to the recorded weights of tfmot. Otherwise, the
+    After each comparison, replace the weights with the recorded weights of tfmot. Otherwise, the
     rounding differences of many steps could add up and change a mask.
     """
     kind, *_ = CASES[case]

@@ -2,9 +2,9 @@
 
 A reference class computes one pruning method in NumPy and stores its scores, counters or
 thresholds. Each reference class has three methods. `effective` returns the masked weights, with
-which the network computes its outputs. `step` applies the gradients of the masked weights with the
-optimizer. `between` runs between two training steps, and updates masks, scores, counters or
-thresholds. The argument of `between` is the number of finished steps.
+which the network computes its outputs. `step` receives the gradients of the masked weights and runs
+one step of the optimizer. `between` runs between two training steps, and updates masks, scores,
+counters or thresholds. The argument of `between` is the number of finished steps.
 """
 
 import keras
@@ -29,7 +29,7 @@ def keep_highest(scores, kept):
     """Return one boolean mask per array, which is True for the `kept` highest scores of all arrays
     together.
 
-    Among equal scores, the first scores are kept.
+    Among entries with equal scores, the first entries are kept.
     """
     flat = np.concatenate([s.ravel() for s in scores])
     mask = np.zeros(flat.size, bool)
@@ -151,14 +151,14 @@ class FlipOut(Magnitude):
 
 
 class OptG(Dense):
-    """OptG: train scores v with dL/dv = g w. The learning rate of v is proportional to the target
-    sparsity."""
+    """OptG: train scores v with dL/dv = g w. The learning rate of v is proportional to the current
+    sparsity of the schedule."""
 
     def __init__(self, p):
         super().__init__(p)
         self.v = {n: np.zeros_like(p[n]) for n in KERNELS}
-        # `fast` contains scores that are trained with the learning rate of the weights. The scores
-        # `v` change by the fraction `rate` of every change of `fast`.
+        # `fast` contains scores that are trained with the learning rate of the weights. Whenever
+        # `fast` changes, the scores `v` change by `rate` times the same amount.
         self.fast = {n: np.zeros_like(p[n]) for n in KERNELS}
         self.of_v = Momentum(self.fast, RATE)
         self.rate = 0.0
@@ -180,7 +180,8 @@ class OptG(Dense):
 
 
 class ST3(Dense):
-    """ST-3 in NumPy: a quantile of all magnitudes is the threshold, and is subtracted from them.
+    """ST-3 in NumPy: the threshold is a quantile of all magnitudes, and is subtracted from each
+    magnitude.
 
     The remaining weights of each unit are rescaled. The straight-through estimator gives the
     gradient, and the sparsity follows a cubic ramp.

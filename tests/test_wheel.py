@@ -80,7 +80,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """Create an environment with the wheel, and with the other packages of this environment."""
+    """Create an environment that contains the wheel and all other packages of this environment."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"

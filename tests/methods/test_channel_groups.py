@@ -13,8 +13,9 @@ from tests.backends import every
 pytestmark = every(12)
 
 # The model adds the outputs of a stem (3 -> 4 channels) and a branch (4 -> 2 -> 4 channels). The
-# head (4 -> 5) is not pruned. The first group of coupled channels contains the channels of the sum.
-# The second group of coupled channels contains the two channels inside the branch.
+# head of the model (4 inputs, 5 outputs) is not pruned. The first group of coupled channels
+# contains the channels of the sum. The second group of coupled channels contains the two channels
+# inside the branch.
 STAYS = [0.0, 0.0, 1.0]
 SUM, INSIDE = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
 GROUPS = ChannelGroups(
@@ -62,14 +63,15 @@ def test_kept_share_of_channels_parameters_and_flops():
         ("channels", 0.0, [4, 2]),
         ("channels", 0.5, [2, 1]),
         ("channels", 0.9, [1, 1]),
-        # The target is 24 of 48 parameters. With 2 channels of the sum and 1 channel inside the
-        # branch ([2, 1]), 20 parameters remain. With [3, 1], 30 parameters would remain.
+        # The target is 24 of 48 parameters. The channel counts [2, 1] (2 channels of the sum,
+        # 1 channel inside the branch) keep 20 parameters. The channel counts [3, 1] would keep 30
+        # parameters, which is farther from the target.
         ("parameters", 0.5, [2, 1]),
-        # The target is 1110 of 2220 FLOPs. The channel counts [3, 1] keep 1290 FLOPs, and [2, 1]
-        # would keep 860.
+        # The target is 1110 of 2220 FLOPs. The channel counts [3, 1] keep 1290 FLOPs. The channel
+        # counts [2, 1] would keep 860 FLOPs, which is farther from the target.
         ("flops", 0.5, [3, 1]),
-        # The target is 666 FLOPs. The channel counts [2, 1] keep 860 FLOPs, and [1, 1] would keep
-        # 430.
+        # The target is 666 FLOPs. The channel counts [2, 1] keep 860 FLOPs. The channel counts
+        # [1, 1] would keep 430 FLOPs, which is farther from the target.
         ("flops", 0.7, [2, 1]),
     ],
 )
@@ -99,10 +101,10 @@ def test_a_named_group_has_its_own_sparsity_and_the_others_meet_the_target():
 
 def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
     scores = [
-        # Divided by their mean, the scores are 2, 0.5, 1 and 0.5.
+        # Division of these scores by their mean gives 2, 0.5, 1 and 0.5.
         columns([4, 1, 2, 1], SHAPES[0]),
         columns([1, 3], SHAPES[1]),
-        # Divided by their mean, the scores are 0.5, 2.5, 0.5 and 0.5.
+        # Division of these scores by their mean gives 0.5, 2.5, 0.5 and 0.5.
         columns([10, 50, 10, 10], SHAPES[2]),
     ]
     stem, inside, outer = rank(uniform(), scores)
@@ -116,8 +118,8 @@ def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
     [
         # If two channels have the same score, the channel with the smaller index is kept.
         ("channels", [[1, 1, 0, 0], [1, 0]]),
-        # The target is 1110 of 2220 FLOPs. The expected masks keep 1020 FLOPs, and with one more
-        # channel, 1530 FLOPs would remain.
+        # The target is 1110 of 2220 FLOPs. The expected masks keep 1020 FLOPs. With one more
+        # channel, the masks would keep 1530 FLOPs.
         ("flops", [[1, 1, 0, 0], [1, 1]]),
     ],
 )

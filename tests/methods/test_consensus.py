@@ -94,9 +94,9 @@ def test_values_and_gradients(layout, shape, gates):
 @pytest.mark.parametrize(
     ("method", "units", "expected"),
     [
-        (Consensus(0.5), 120, 43),  # At least sqrt(0.5) / 2 * 120 = 42.4 units stay, rounded up.
-        (Consensus(0.98), 120, 9),  # At least sqrt(0.02) / 2 * 120 = 8.5 units stay, rounded up.
-        (Consensus(0.96), 40, 4),  # At least sqrt(0.04) / 2 * 40 = 4 units stay.
+        (Consensus(0.5), 120, 43),  # The minimum is sqrt(0.5) / 2 * 120 = 42.4 units, rounded up.
+        (Consensus(0.98), 120, 9),  # The minimum is sqrt(0.02) / 2 * 120 = 8.5 units, rounded up.
+        (Consensus(0.96), 40, 4),  # The minimum is sqrt(0.04) / 2 * 40 = 4 units.
         (Consensus(0.98), 6, 2),
         (Consensus(0.98), 1, 1),
         (Consensus(Constant(0.96)), 40, 4),
@@ -313,10 +313,10 @@ def test_projection_opens_gates_up_to_the_budget():
     # An open gate of the first kernel costs 2, and an open gate of the second kernel costs 6.
     logits = [[0.3, -0.1, 0.2, 0.5], [-0.4, 0.1, -0.2]]
     one, two = project(Consensus(0.5, min_kept=1), logits, [1, 3])
-    # The projection opens gates in the order of their logits (0.5, 0.3, 0.2, 0.1), until the cost
-    # of all open gates reaches the target of 13. The first four gates raise the cost to 2, 4, 6 and
-    # 12, and a fifth gate would raise the cost to 14. Both 12 and 14 differ from the target by 1,
-    # and the projection prefers the smaller cost.
+    # The projection opens the gates with the highest logits first (0.5, 0.3, 0.2, 0.1), until the
+    # total cost is close to the target cost of 13. The first four gates raise the cost to 2, 4, 6
+    # and 12, and a fifth gate would raise the cost to 14. The costs 12 and 14 both differ from the
+    # target by 1, so the projection chooses the smaller cost.
     np.testing.assert_array_equal(one >= 0, [1, 0, 1, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
     # The logits already have the right signs, so the projection does not change the logits.
@@ -429,8 +429,8 @@ def test_trajectory_of_consensus_equals_the_equations(monkeypatch):
         turns += np.sum((z > 0) != before)
         before = z > 0
         g = reference.gradients(xs, ys, {**p, "w1": p["w1"] * z})
-        # Large gradients of weights with closed gates are clipped. The straight-through estimator
-        # then gives the gradient of the gates.
+        # If the gate of a weight is closed, a large gradient of this weight is clipped. The
+        # straight-through estimator then gives the gradient of the gates.
         largest = 10 * np.sqrt((g["w1"][:, z > 0] ** 2).mean())
         limited = np.where(z > 0, g["w1"], g["w1"].clip(-largest, largest))
         to_z = (limited * p["w1"]).sum(0)

@@ -34,7 +34,7 @@ def array(x):
 
 
 def at(progress):
-    """Return the `ScheduleState` for a progress of training between 0 and 1."""
+    """Return the `ScheduleState` after a fraction of training between 0 and 1."""
     return ScheduleState(ops.convert_to_tensor(0, "int32"), ops.convert_to_tensor(progress), None)
 
 
@@ -58,7 +58,7 @@ SINGLE = [
     ("layer", KERNEL, (3, 2, 4, 5), (), (0, 1, 2, 3)),
     ("weight", KERNEL, (6, 4), (6, 4), ()),
 ]
-# A row of GROUPED contains the columns of SINGLE, then the pattern and the shape of a block.
+# GROUPED has the columns of SINGLE, and two more: the pattern and the shape of a block.
 GROUPED = [
     # The pattern 1x4 splits 6 inputs into a block of 4 weights and a block of 2 weights.
     ("unit", KERNEL, (6, 4), (4,), (0,), "1x4", (4, 1)),
@@ -96,13 +96,13 @@ def test_state(granularity, layout, shape, threshold, shared, pattern, block):
 
 
 def blocks_of(shape, block):
-    """For every block of a weight, yield the index of the block and slices for its entries."""
+    """Yield `(index, slices)` for every block of a weight: `weight[slices]` is the block."""
     for index in np.ndindex(*(-(-n // b) for n, b in zip(shape, block))):
         yield index, tuple(slice(i * b, (i + 1) * b) for i, b in zip(index, block))
 
 
 def margins(w, t, block):
-    """Return Q of every block: the mean |w| of the block minus its threshold."""
+    """Return the margin Q of every block, which is the mean |w| minus the threshold."""
     means = np.zeros([-(-n // b) for n, b in zip(w.shape, block)])
     for index, own in blocks_of(w.shape, block):
         means[index] = np.abs(w[own]).mean(dtype="float64")
@@ -295,13 +295,14 @@ def test_projection_keeps_the_requested_number_of_weights(granularity, shapes, p
     q = [margins(w, t, block) for w, t in zip(weights, thresholds)]
     ranked = np.sort(np.concatenate([np.ravel(x) for x in q]))[::-1]
 
-    # With blocks of 4 weights, the number of kept weights is a multiple of 4: 50 becomes 48.
+    # With blocks of 4 weights, the number of kept weights is rounded down to a multiple of 4, for
+    # example from 50 to 48.
     for kept in [20, 50, 52, 91, 92]:
         found, moved = project(method, weights, thresholds, kept)
         groups = kept // math.prod(block)
         assert sum(mask.sum() for mask in found) == groups * math.prod(block)
-        # The projection keeps the blocks with the largest Q, which is the mean |w| of the block
-        # minus its threshold.
+        # The projection keeps the blocks with the largest margin Q, which is the mean |w| minus the
+        # threshold.
         lowest = ranked[groups - 1]
         for mask, x in zip(found, q):
             np.testing.assert_array_equal(mask, np.repeat(x >= lowest, block[0], axis=0))
@@ -401,9 +402,9 @@ def test_invalid_arguments_raise(arguments, message):
 
 
 def test_no_layer_masks_a_unit_of_a_kept_channel():
-    # Each of the two weights has a unit of channel 0. The unit of the first weight is below its
-    # threshold, but stays, because the second weight keeps its unit. The last unit of the second
-    # weight belongs to no group of coupled channels and is always kept.
+    # Both weight tensors have one unit for channel 0. In the first tensor, this unit is below its
+    # threshold, but it is kept, because the second tensor keeps channel 0. The last unit of the
+    # second tensor belongs to no group of coupled channels and is always kept.
     method = DST(0.5, pattern="channel")
     groups = ChannelGroups([2], np.zeros((1, 2, 2)), np.ones((1, 2)))
     layouts = [Layout(channels=Channels(ids, groups)) for ids in ([0, 1], [1, 0, -1])]
@@ -419,8 +420,9 @@ def test_no_layer_masks_a_unit_of_a_kept_channel():
     def forward(threshold):
         return method.apply(weights[0], {**states[0], "threshold": threshold}, layouts[0])
 
-    # At Q = -0.5, the derivative of the step function is 0.4, for the kept unit and for the pruned
-    # unit. Each unit has 3 weights, so the gradient is -3 * 0.4 = -1.2.
+    # In the first tensor, the kept unit and the pruned unit both have the margin Q = -0.5. At this
+    # margin, the derivative of the step function is 0.4. Each unit has 3 weights, so the gradient
+    # is -3 * 0.4 = -1.2.
     (found,) = gradients(forward, [states[0]["threshold"]], tensor(np.ones((3, 2))))
     np.testing.assert_allclose(found, [-1.2, -1.2], rtol=1e-5)
 

@@ -65,8 +65,8 @@ def test_scores_with_revival_use_the_dense_weights():
 
 # -- rank ------------------------------------------------------------------------------------------
 
-# The second weight tensor has 3 entries, which are so small that a global ranking keeps only
-# `min_kept` of these entries.
+# The 3 entries of the second weight tensor are so small that a global ranking keeps only `min_kept`
+# of them.
 LAYERS = [random(2, 2, 3, 5), random(1, 3, scale=1e-3, seed=1)]
 
 
@@ -150,14 +150,14 @@ def test_an_infinite_weight_does_not_remove_other_layers():
 
 
 def blocks_of(shape, block):
-    """Yield the index of every block and the slices that select its weights."""
+    """Yield `(index, slices)` for every block of a weight: `weight[slices]` is the block."""
     for index in np.ndindex(*(-(-n // b) for n, b in zip(shape, block))):
         yield index, tuple(slice(i * b, (i + 1) * b) for i, b in zip(index, block))
 
 
 def best_blocks(w, block, kept):
-    """Return a mask that keeps at most `kept` weights, in the blocks with the largest mean
-    magnitudes."""
+    """Return a mask of the blocks with the largest mean magnitudes, with at most `kept` weights in
+    total."""
     owned = [own for _, own in blocks_of(w.shape, block)]
     mask, left = np.zeros(w.shape, bool), kept
     for i in np.argsort([-np.abs(w[own]).mean(dtype="float64") for own in owned], kind="stable"):
@@ -197,8 +197,8 @@ def test_rank_of_blocks_over_all_layers():
     [("global", [(10, 5)], [5]), ("uniform", [(10, 5), (6, 4)], [5, 2])],
 )
 def test_every_layer_keeps_a_channel(allocation, shapes, kept):
-    # A channel has 10 or 6 weights. At 90 % sparsity, fewer weights may be kept, but every layer
-    # still keeps a channel.
+    # A channel has 10 weights in the first layer and 6 weights in the second layer. At 90 %
+    # sparsity, the layers may keep only 5 and 2 weights, but each layer still keeps a channel.
     method = Magnitude(0.9, allocation, "channel")
     assert all(mask.any() for mask in masks_of(method, [random(*s) for s in shapes], kept))
 

@@ -30,8 +30,8 @@ FIXED_BEFORE = (methods.SET, methods.RigL)
 
 
 def refusal(cls, pattern, allocation):
-    """Return a part of the expected error message, or None if the method supports this pattern
-    together with this allocation."""
+    """Return a part of the expected error message. Return None if the method supports the pattern
+    with the allocation."""
     if cls in FIXED_BEFORE and pattern == "2:4":
         return "does not support N:M patterns"
     if cls in FIXED_BEFORE and allocation == "global":
@@ -44,8 +44,8 @@ def refusal(cls, pattern, allocation):
 def check_pattern(pattern, mask):
     """Check that a mask has the given pattern.
 
-    The second to last axis of the mask belongs to the inputs of the layer, whose number must be a
-    multiple of 4. The last axis belongs to the outputs of the layer.
+    The second to last axis of the mask is the input axis of the layer, and its length must be a
+    multiple of 4. The last axis is the output axis.
     """
     *window, inputs, outputs = mask.shape
     if pattern == "2:4":
@@ -79,8 +79,8 @@ def test_every_pattern_and_allocation_is_valid_or_raises(cls, pattern, allocatio
     for mask in masks:
         check_pattern(pattern, mask)
     counts = np.array([mask.sum() for mask in masks])
-    # For each of the two kernels, `groups` is the number of weights that are pruned together, such
-    # as the 4 weights of a block.
+    # `groups` contains, for each of the two kernels, the number of weights that are pruned
+    # together: 4 with 1x4 blocks.
     groups = {"unstructured": [1, 1], "1x4": [4, 4], "2:4": [1, 1], "channel": [16, 72]}[pattern]
     if pattern == "2:4" or allocation == "uniform":
         wanted = 0.5 * np.array(SIZES)

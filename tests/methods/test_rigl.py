@@ -30,7 +30,8 @@ def compiled_update(method):
 
 
 def update(method, w, mask, gradient, kept, step=50, progress=0.1):
-    """Return the new mask of one weight and the mask of its grown entries, as NumPy arrays."""
+    """Return the new mask of one weight tensor, and a mask of the grown entries, as NumPy
+    arrays."""
     dtypes = ("int32", "float32", "float32")
     now = ScheduleState(
         *(ops.convert_to_tensor(n, d) for n, d in zip((step, progress, 0.5), dtypes))
@@ -84,7 +85,7 @@ def test_the_first_mask_is_random_and_grows_no_weight(cls):
     w, _, gradient = problem()
     full = np.ones_like(w, bool)
     # The random numbers of an update are hashes of the seed and the step. The masks of 40 different
-    # steps are therefore as random as the masks of 40 seeds.
+    # steps are therefore as independent as the masks of 40 different seeds.
     found = [update(cls(0.7), w, full, gradient, 60, step) for step in range(40)]
     assert all(f["mask"].sum() == 60 and not f["grown"].any() for f in found)
     often = np.mean([f["mask"] for f in found], axis=0)
@@ -134,7 +135,7 @@ def test_grown_weights_and_their_slots_start_at_zero(cls):
     seen = []
 
     class Watch(keras.callbacks.Callback):
-        """Callback that checks that activated weights, and their optimizer states, start at 0."""
+        """Callback that checks that grown weights and their optimizer states start at 0."""
 
         def on_train_batch_end(self, batch, logs=None):
             # On JAX, Keras updates the variables of the model only when a callback reads

@@ -39,7 +39,7 @@ def _library():
 
 def hide(library):
     """Hide AVX from LiteRT in this process. Call this function before you create an interpreter."""
-    # Load the libraries of LiteRT, in which the code below sets breakpoints.
+    # This import loads the libraries of LiteRT, in which the code below sets breakpoints.
     import ai_edge_litert.interpreter
 
     ours = str(pathlib.Path(ai_edge_litert.__file__).resolve().parent)
