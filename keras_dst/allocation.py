@@ -108,7 +108,8 @@ def _erk(shapes, density):
 
 
 def by_name(allocation: Mapping[str, float], density: float, names: Sequence[str]) -> np.ndarray:
-    """Return one density per weight, which is `density` if the dict does not name the weight."""
+    """Return one density per weight. A weight that the dict does not name has the density
+    `density`."""
     result = np.full(len(names), float(density))
     for key, sparsity in allocation.items():
         fitting = [i for i, name in enumerate(names) if key == name]
@@ -138,7 +139,7 @@ def kept_counts(
         allocation: See `densities`.
         shapes: Shapes of the weights.
         sparsity: Current fraction of zeros.
-        names: Paths of the weights, which are needed only if the allocation is a dict.
+        names: Paths of the weights. The paths are needed only if the allocation is a dict.
         final_sparsity: Final fraction of zeros. The sparsities in an allocation dict apply at the
             end of the schedule. As long as `sparsity` is below its final value, each sparsity in
             the dict is multiplied by `sparsity / final_sparsity`. Defaults to None, which means

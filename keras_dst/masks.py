@@ -189,8 +189,8 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
 
     Batch normalization multiplies the gradients of a unit by 1 / sqrt(variance + epsilon). If all
     inputs of a unit are pruned, the variance is close to 0, and the factor is very large. Without a
-    limit, the pruned weights of the unit would grow larger than all other weights, and take their
-    places in the ranking.
+    limit, the pruned weights of the unit would grow larger than all other weights, and would be
+    kept instead.
 
     Args:
         gradient: Gradient of the masked weight, a float tensor.

@@ -726,7 +726,7 @@ def _path_of(variable) -> str:
 
 
 def _suffix_pattern(path: str, paths: list[str]) -> str:
-    """Return a regular expression for the end of `path` that matches no other path in `paths`."""
+    """Return a regular expression that matches the end of `path`, but no other path in `paths`."""
     parts = path.split("/")
     for length in range(2, len(parts)):
         end = "/".join(parts[-length:])

@@ -27,7 +27,8 @@ class SparseWeight:
     variable when it is assigned.
 
     The variable is stored under the name of the attribute with a leading underscore. Keras's Dense,
-    Conv, EinsumDense and Embedding layers store their weights under such a name, too.
+    Conv, EinsumDense and Embedding layers also store their weights under a name with a leading
+    underscore.
     """
 
     def __init__(self, layout: Layout = KERNEL):
@@ -135,9 +136,9 @@ class SparseMixin(_keras.BuildHook):
     def attach_method(self, method: LayerMethod) -> None:
         """Set the method of the layer, before or after the layer is built."""
         self.method = method
-        # Up to version 3.15, Keras sets the attribute `quantize` on every layer instance, which
-        # hides the method `quantize` of the class. Replace the attribute by `_refuse_to_quantize`,
-        # which raises an error.
+        # Up to version 3.15, Keras sets an attribute `quantize` on every layer instance. The
+        # attribute hides the method `quantize` of the class. Replace the attribute by
+        # `_refuse_to_quantize`, which raises an error.
         self.__dict__["_stock_quantize"] = self.__dict__.get("quantize")
         self.__dict__["quantize"] = self._refuse_to_quantize
         # Keras must not track the nested dict, because `add_weight` already tracks the variables in

@@ -118,7 +118,7 @@ def sparse_class(stock: type) -> type[SparseMixin] | None:
 
 
 def container_class(stock: type) -> type:
-    """Return the class that replaces the class `stock` of a layer whose inner layers are sparse."""
+    """Return the class for a layer of the class `stock` whose inner layers are sparse."""
     return _derive((SparseContainer, stock))
 
 
@@ -131,7 +131,8 @@ def prunable_weights_of(layer) -> Iterator[tuple[Layout, Any]]:
 
 
 def layouts_of(model) -> dict[int, Layout]:
-    """Return a dict that maps the id of every prunable variable in a model to its axes."""
+    """Return a dict that maps the id of every prunable variable in a model to the variable's
+    axes."""
     return {
         id(variable): layout
         for layer in _keras.flatten_layers(model)
@@ -161,8 +162,8 @@ def _declared_weights(stock: type) -> dict[str, Layout]:
 def _derive(bases: tuple[type, ...]) -> type:
     # The cache ensures that two layers of the same stock class also have the same sparse class. All
     # derived classes are registered with Keras under the name of their first base class. When Keras
-    # loads a model, `from_config` of this base class looks up the custom class. The derived classes
-    # have the `__name__` of the stock class, see `base.register`.
+    # loads a model, `from_config` of the first base class looks up the custom class. The derived
+    # classes have the `__name__` of the stock class, see `base.register`.
     stock = bases[-1]
     weights = {name: SparseWeight(layout) for name, layout in _declared_weights(stock).items()}
     own = {"stock": stock, "__qualname__": f"Sparse{stock.__name__}", **weights}

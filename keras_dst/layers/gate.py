@@ -1,4 +1,4 @@
-"""Gates on channels and residual branches, which `methods.Consensus` trains."""
+"""Gates on channels and residual branches. `methods.Consensus` trains the gates."""
 
 from __future__ import annotations
 

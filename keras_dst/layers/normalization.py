@@ -9,8 +9,8 @@ from keras_dst.methods.base import TwoPathMethod, on_full_path
 
 
 class PathVariable:
-    """Attribute of a batch normalization layer that returns the variable of the pruned or full
-    path."""
+    """Attribute of a batch normalization layer that returns the variable of the current path: the
+    pruned path or the full path."""
 
     def __set_name__(self, owner, name):
         self.name = name

@@ -100,7 +100,7 @@ class Method(Configurable):
             must have `learned = True`, and the schedule must have reached its final target. The
             default of 1 means that `project` is called only after the last step.
         couples_channels: True if a method with `learned = True` prunes a channel in all layers that
-            compute the channel, and False if it prunes each layer separately.
+            compute the channel. False if the method prunes each layer separately.
         target_quantity: Name of the quantity that has a target, such as `"sparsity"`. Warnings use
             this name.
         driver: Import path of the callback that updates the masks during training.
@@ -133,7 +133,8 @@ class Method(Configurable):
         return self.schedule
 
     def length(self, total: Tensor) -> Tensor | int:
-        """Return the length of training in steps, which scales settings such as the gradient limit.
+        """Return the length of training in steps. Settings such as the gradient limit depend on
+        this length.
 
         If the schedule is given in steps, this function returns the last step of the schedule and
         ignores `total`. A custom training loop does not know the length of training.
@@ -202,7 +203,7 @@ class Method(Configurable):
         layouts: Sequence[Layout],
         kept: Tensor,
     ) -> list[State]:
-        """Return changed states, so that the masks meet the final target exactly.
+        """Return changed states with which the masks meet the final target exactly.
 
         If `learned` is True, the training callback calls this function after the last step of the
         schedule. After the fraction `exact_from` of training, mask updates can also call this
@@ -258,7 +259,7 @@ class Method(Configurable):
             shapes: Shapes of all weights that the method prunes.
             layouts: Input and output axes of each weight.
             sparsity: Fraction of zeros over all weights.
-            names: Paths of the weights, which are needed if the allocation is a dict.
+            names: Paths of the weights. The paths are needed only if the allocation is a dict.
         """
         final = self.schedule.sparsity if self.schedule else None
         pattern = Pattern(self.pattern)
@@ -613,7 +614,7 @@ class TwoPathMethod(LayerMethod):
         base class does.
 
         Args:
-            state: Variables that the method stores for the first weight that it prunes, as a dict.
+            state: Dict of the variables that the method stores for its first pruned weight.
         """
         return None
 
@@ -637,7 +638,7 @@ class UnitMethod(LayerMethod):
 
     @staticmethod
     def gate_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
-        """Return the shape of a weight's gates, which broadcasts to the shape of the weight.
+        """Return the shape of a weight's gates. Gates of this shape broadcast to the weight.
 
         Args:
             shape: Shape of the weight.

@@ -125,8 +125,8 @@ class ChannelGroups:
         return total(array(base[used] / base.sum()) * inputs * outputs)
 
     def rounding_step(self, method) -> float:
-        """Return the largest change in sparsity if the number of channels in one group is
-        rounded."""
+        """Return the largest change of the sparsity that rounding the channel count of one group
+        can cause."""
         step, _ = _steps(self, method)
         whole = self.sizes.astype("float64")
         each = [
@@ -207,7 +207,7 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         shapes: Shapes of all weights that the method prunes.
         layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
             output units.
-        names: Paths of the weights, which are needed if the allocation is a dict.
+        names: Paths of the weights. The paths are needed only if the allocation is a dict.
         sparsity: Sparsity at the current step.
     """
     target = 1 - sparsity
@@ -634,7 +634,8 @@ def _of_units(values: Tensor, ids: np.ndarray) -> Tensor:
 def masks_of_followers(
     followers: Iterable[tuple[Any, int, np.ndarray]], alive: Tensor
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yield every variable that is pruned with its channels, such as a bias, and its mask.
+    """Yield each variable that is pruned with its channels, such as a bias, and the variable's
+    mask.
 
     Args:
         followers: One tuple `(variable, axis, ids)` per variable that is pruned with its channels.
@@ -686,7 +687,7 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
 
 @functools.lru_cache(maxsize=16)
 def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for each channel, the indices and the number of the output units that compute it.
+    """Return the indices of the output units that compute each channel, and their number.
 
     The output units of all weights with coupled channels have consecutive indices. The returned
     matrix has one row of unit indices per channel. Short rows are padded with an index that no unit

@@ -177,7 +177,7 @@ class Consensus(UnitMethod):
     # -- forward ---------------------------------------------------------------------------------
 
     def is_open(self, state, layout: Layout = KERNEL):
-        """Return a boolean for every gate, which is true if the gate is open.
+        """Return one boolean per gate: True for an open gate, and False for a closed gate.
 
         The output units with the highest logits or mean gates in a layer are always open. Their
         number is `least_units`.

@@ -248,7 +248,7 @@ class DST(LayerMethod):
         return min(self.reset_density, 0.1 * (1 - self.schedule.sparsity))
 
     def update(self, weights, states, layouts, kept, now):
-        """Return a new value of alpha, which controls the density.
+        """Return a new value of alpha, the penalty weight that controls the density.
 
         The gap is the amount by which all thresholds would have to increase to meet the target
         sparsity. The controller models the change of the gap from one mask update to the next as a

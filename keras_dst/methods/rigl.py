@@ -34,7 +34,7 @@ class RigL(SET):
             means three quarters of training (0.75).
         stop_step: Step after which the masks do not change, see `SET`. Defaults to None.
         frequency: Number of training steps from one mask update to the next, or `"epoch"`, see
-            `SET`. Defaults to None, which means 100 steps, or less in a short training run.
+            `SET`. Defaults to None, which means 100 steps, or fewer steps in a short training run.
         min_kept: Minimum number of weights or channels that every layer keeps. Defaults to None,
             which means 1.
         counted_in: With `pattern="channel"`, the sparsity is the removed fraction of the

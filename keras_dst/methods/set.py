@@ -149,8 +149,8 @@ class SET(UpdateMethod):
 
     @classmethod
     def from_config(cls, config):
-        # Configs from earlier versions may contain both `stop` and `stop_step`. In these versions,
-        # the default of `stop` was a number instead of None.
+        # Configs from earlier versions may contain both `stop` and `stop_step`. In earlier
+        # versions, the default of `stop` was a number instead of None.
         if config.get("stop_step") is not None:
             config = {name: value for name, value in config.items() if name != "stop"}
         return super().from_config(config)
