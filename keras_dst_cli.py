@@ -226,7 +226,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 
 def _check_output(path: str, extension: str) -> None:
-    """Raise ValueError unless an output path has the extension, so that no model is replaced."""
+    """Raise ValueError if an output path has another extension, so that no input is overwritten."""
     if not path.endswith(extension):
         raise ValueError(
             f"Expected an output path that ends with {extension}. Received: {path}. Fix: choose a "

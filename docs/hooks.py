@@ -59,7 +59,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Allow line breaks after the dots of long names, and forbid line breaks in figures."""
+    """Allow line breaks after the dots of long names, and forbid line breaks within numbers."""
     name = r'(?<=<span class="doc doc-object-name )[^<]+'
     html = re.sub(name, lambda heading: heading[0].replace(".", ".<wbr>"), html)
     html = re.sub(r"<t[dh]\b.*?</t[dh]>", _breakable, html, flags=re.DOTALL)
@@ -102,7 +102,7 @@ def _formulas(text: str) -> str:
 
 
 def _display(block) -> str:
-    """Render the formulas of a line separately, so that a phone shows one below the other."""
+    """Render each formula of a line separately, so that a phone can show one formula per line."""
     parts = block[1].split(r"\qquad")
     formulas = [f"<span>{convert(part.strip(), display='block')}</span>" for part in parts]
     return f"<div>{' '.join(formulas)}</div>"
@@ -120,7 +120,7 @@ def _figures(marker) -> str:
 def figures(method: str, page: str) -> str:
     """Return the rows of results/methods/index.md for a method, its variants and its baselines.
 
-    Omit the columns in which only the dense network has a figure.
+    Omit the columns in which only the dense network has a value.
     """
     wanted = ("method", "---", "dense", "random", "Magnitude", method)
     lines = [
