@@ -68,8 +68,8 @@ def check_integer(value, name: str, minimum: int | None = 1) -> int:
     Args:
         value: Argument to check. NumPy integers are accepted. Booleans are not.
         name: Name of the argument, for the error message.
-        minimum: Smallest accepted value. If None, check_integer accepts all whole numbers. Defaults
-            to 1.
+        minimum: Smallest accepted value. If `minimum` is None, check_integer accepts all whole
+            numbers. Defaults to 1.
 
     Raises:
         ValueError: If `value` is not a whole number or is less than `minimum`.

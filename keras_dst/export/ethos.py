@@ -23,8 +23,8 @@ from keras_dst.export.flatbuffer import op_name, read, text, write
 from keras_dst.export.report import ExportError
 from keras_dst.export.target_reports import CPUOp, VelaEstimate, VelaReport
 
-#: NPU configurations that Vela 5.2 supports. The number at the end of each name is the number of
-#: multiply-accumulates per cycle.
+#: NPU configurations that Vela 5.2 supports. The number at the end of a configuration's name is the
+#: number of multiply-accumulates per cycle.
 ACCELERATORS = (
     *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
     *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),

@@ -3,7 +3,8 @@
 FULLY_CONNECTED can read a sparse weight directly, and CONV_2D cannot. For a 3x3 kernel, for
 example, nine STRIDED_SLICE ops cut nine shifted images out of the padded input. The nine images are
 concatenated along the channel axis. Each pixel of the concatenated image contains all input values
-from which the convolution computes one output pixel. A 1x1 kernel with stride 1 needs no slices.
+from which the convolution computes one output pixel. If the kernel is 1x1 and the stride is 1, the
+input is not sliced.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def lower(
     kernel: Sequence[int],
     version: int,
 ) -> list[schema.OperatorT]:
-    """Return the ops that replace a CONV_2D op. The op's weight already has the shape of a matrix.
+    """Return the ops that replace a CONV_2D op whose weight already has the shape of a matrix.
 
     Args:
         model: The model that contains the op. The function adds constants and op codes to the
@@ -100,7 +101,8 @@ def lower(
 
 
 def _axis(size: int, kernel: int, stride: int, dilation: int, same: bool) -> tuple[int, tuple]:
-    """Return a convolution's output size along an axis, and its padding at both ends."""
+    """Return the output size of a convolution along an axis, and the padding at both ends of the
+    axis."""
     reach = (kernel - 1) * dilation + 1
     if not same:
         return (size - reach) // stride + 1, (0, 0)

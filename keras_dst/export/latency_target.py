@@ -87,7 +87,7 @@ def sparsity_at_latency(
 
     Warns:
         UserWarning: If no measured model reaches `latency_ratio` within `tolerance`. The message
-            names the nearest latency ratio.
+            states the measured latency ratio that is nearest to `latency_ratio`.
 
     Example:
         >>> found = keras_dst.sparsity_at_latency(model, 0.5)

@@ -320,7 +320,7 @@ def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
-    """Return a copy of a file that stores the weights in the given buffers without zeros.
+    """Copy a file, but store the weights in the given buffers without their zeros.
 
     The function also removes what TFLM does not need: metadata, the scales of biases, and all zero
     points of a weight except the first.

@@ -22,8 +22,8 @@ def layer_at(path: str, names: Collection[str]) -> str:
     because TensorFlow appends numbers to most layer names.
 
     Args:
-        path: Path of the op. The paths of merged ops are joined by semicolons, and only the first
-            path is used.
+        path: Path of the op in the file. If ops were merged, their paths are joined by semicolons,
+            and only the first path is used.
         names: Names of all layers.
 
     Returns:

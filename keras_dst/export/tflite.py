@@ -35,7 +35,7 @@ def export_tflite(
     """Write a model as a ``.tflite`` file with sparse weights, after a comparison with the model.
 
     The new file is run in the LiteRT interpreter, with and without XNNPACK, and its outputs are
-    compared with the outputs of the model. The file is written only if these outputs agree with the
+    compared with the outputs of the model. The file is written only if its outputs agree with the
     outputs of the model. The model is not changed.
 
     Args:

@@ -132,7 +132,8 @@ def _runner(content: bytes, resolver: OpResolverType) -> Callable[..., dict[str,
 
 
 def _quantized(array: np.ndarray, details: dict[str, Any]) -> np.ndarray:
-    """Quantize values for an int8 input of an exported model. Return all other arrays unchanged."""
+    """Quantize floats for an int8 input of an exported model. Return an array for any other input
+    unchanged."""
     scale, zero_point = details["quantization"]
     if details["dtype"] != np.int8 or array.dtype.kind != "f" or not scale:
         return array

@@ -64,8 +64,8 @@ class UpdatePruningStep(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         if batch < self._skipped_batches:
             return
-        # On JAX, `fit` does not update the variables of the model. Reading `self.model` copies the
-        # current values to the variables.
+        # On JAX, the steps of `fit` do not update the variables of the model. When `self.model` is
+        # read, Keras copies the current values to the variables.
         _ = self.model
         for driver in self._drivers:
             driver.before_step()

@@ -162,7 +162,7 @@ def _is_reference(x, names) -> bool:
 
 
 def _first_calls(model: dict) -> dict[str, int]:
-    """Return a dict that maps the name of each layer to the number of its first call.
+    """Return a dict that maps the name of each layer to the index of its first call.
 
     Keras 2 does not always number the calls of a layer from 0.
     """

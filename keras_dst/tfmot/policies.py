@@ -135,8 +135,7 @@ def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list
 def _first_on_every_path(starts, is_wanted, neighbors) -> list:
     """Follow every path of the graph to the first operation for which `is_wanted` returns True.
 
-    Return the operations that were found, or an empty list if a path ends without such an
-    operation.
+    Return the operations that were found, or an empty list if a path contains no wanted operation.
     """
     found, queue = [], list(dict.fromkeys(starts))
     # The loop body appends operations to `queue`, and the loop also visits the appended operations.

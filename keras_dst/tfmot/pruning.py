@@ -140,7 +140,7 @@ def prunable_layers(layers, method: PruneLowMagnitude) -> list:
 
 
 class _PrunedOnBuild(_keras.BuildHook):
-    """Mixin for layers that are not built yet when they are prepared for pruning, such as `LSTM`.
+    """Mixin for layers, such as `LSTM`, that are prepared for pruning before they are built.
 
     When the layer is built, `after_build` prepares its inner layers for pruning.
     """
