@@ -48,13 +48,13 @@ class ThresholdPenalty(keras.regularizers.Regularizer):
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Polarization(keras.regularizers.Regularizer):
-    """Consensus penalty `weight * mean(g (1 - g))`, which is 0 if all gates are open or closed.
+    """Consensus penalty `weight * mean(g (1 - g))`, which is 0 if every gate is open or closed.
 
     Args:
         weight: Weight of the penalty, a number >= 0. Defaults to 1.
 
     Call arguments:
-        x: Means of the gates over a batch, in [0, 1], of any shape.
+        x: Mean of each gate over a batch, in [0, 1]. The array may have any shape.
 
     Raises:
         ValueError: If `weight` is not a number >= 0.
@@ -90,7 +90,7 @@ class Budget(keras.regularizers.Regularizer):
             cost the same.
 
     Call arguments:
-        x: Means of the gates over a batch, in [0, 1], of any shape.
+        x: Mean of each gate over a batch, in [0, 1]. The array may have any shape.
 
     Raises:
         ValueError: If the target is outside (0, 1], or if another argument is not a number >= 0.

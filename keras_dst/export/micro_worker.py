@@ -3,9 +3,9 @@
 If the interpreter does not support the file, the interpreter may end the whole process. The file
 therefore runs in a separate process. The arguments of the script are the paths of the model, the
 inputs and the outputs, and the size of the arena in bytes. The inputs are an ``.npz`` file with one
-array per input, named ``input_0``, ``input_1`` and so on. The first axis of each array is the axis
-of the runs: `array[i]` is the input of run i. The outputs are written to an ``.npz`` file with one
-array per output. The interpreter prints its memory use to stderr.
+array per input, named ``input_0``, ``input_1`` and so on. In each array, `array[i]` is the input of
+run i. The outputs are written to an ``.npz`` file with one array per output. The interpreter prints
+its memory use to stderr.
 """
 
 import sys

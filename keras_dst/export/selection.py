@@ -73,8 +73,8 @@ class Plan:
 
     @property
     def formats(self) -> dict[int, Format]:
-        """Dict from the buffer index of each weight whose storage format changes to its new
-        format."""
+        """Dict that maps buffer indices to new formats, for all weights whose storage format
+        changes."""
         return _formats(self.choices)
 
 

@@ -147,7 +147,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
     producer = {t: n for n, node in enumerate(nodes) for t in node.outputs if t not in outputs}
 
     def join(n: int) -> bool:
-        """Give an op and the ops that compute its inputs the same group number.
+        """Assign the same group number to an op and to the ops that compute the inputs of this op.
 
         Return whether a group number changed.
         """

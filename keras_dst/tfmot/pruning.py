@@ -111,7 +111,7 @@ def is_pruned(layer) -> bool:
 
 
 def leaf_layers(model) -> Iterator:
-    """Yield the layers of a model that are not models, including the layers of nested models."""
+    """Yield all layers of a model and of its nested models, except the nested models themselves."""
     for layer in model.layers:
         yield from leaf_layers(layer) if isinstance(layer, keras.Model) else [layer]
 
