@@ -377,9 +377,8 @@ def _check_classes(outputs: Sequence | None) -> None:
         return
     if len(outputs) != 1 or len(outputs[0].shape) < 2 or (outputs[0].shape[-1] or 2) < 2:
         raise ValueError(
-            "Expected a model with one output that has a value for each class, because evaluate= is "
-            "not a function. Received: outputs of shapes "
-            f"{[tuple(y.shape) for y in outputs]}. "
+            "Expected a model with one output that has a value for each class, because evaluate= "
+            f"is not a function. Received: outputs of shapes {[tuple(y.shape) for y in outputs]}. "
             "Fix: pass evaluate=lambda predict: ..., a function that returns the metric."
         )
 
