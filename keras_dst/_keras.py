@@ -294,8 +294,8 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
 def declares_input(model) -> bool:
     """Return True if a Sequential model starts with an Input that the user added.
 
-    Keras adds an input layer to every built Sequential model. The `dtype` in the config of this
-    input layer is None unless a call on data built the model. The function also returns False for a
+    Keras adds an input layer to every built Sequential model. In the config of this input layer,
+    `dtype` is set only if a call on data built the model. The function also returns False for a
     model that was loaded from a file.
     """
     config = operation_of(model.inputs[0])._auto_config
@@ -585,7 +585,7 @@ def _numbered_names(variables) -> list[tuple[str, int]]:
 
 
 def _forget_decay_exemptions(optimizer, trained_before) -> None:
-    """Remove the weight-decay exemptions of variables that an optimizer no longer trains.
+    """Delete the exemption from weight decay for each variable that an optimizer no longer trains.
 
     Keras stores the exemptions as ids of variables, and Python may give the id of a deleted
     variable to a new variable.
@@ -649,8 +649,8 @@ def _require(target, name: str) -> None:
 
 
 def _objects_to_check() -> dict[str, Any]:
-    """Return a dict that maps each kind of object in `PRIVATE_NAMES` to an example object. Kinds
-    that the installed Keras lacks are omitted."""
+    """Return a dict that maps each kind of object in `PRIVATE_NAMES` to an example object. Kinds of
+    objects that the installed version of Keras lacks are omitted."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     optimizer = keras.optimizers.SGD()
     optimizer.exclude_from_weight_decay(var_names=["bias"])

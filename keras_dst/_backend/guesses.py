@@ -43,10 +43,11 @@ _current: ContextVar[_Guesses | None] = ContextVar("guesses", default=None)
 
 
 def with_guesses(update: Callable) -> Callable:
-    """Wrap a function of tensors, so that it guesses conditions and runs again after a wrong guess.
+    """Wrap a function of tensors. The wrapper guesses conditions, and runs the function again after
+    a wrong guess.
 
     The wrapper guesses that each condition has the same value as in the previous call of the
-    function.
+    wrapped function.
     """
     rare: set[int] = set()
 

@@ -75,7 +75,7 @@ class Rows:
         return ops.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """Return the entries of each tensor in the bundle as a vector."""
+        """Return one vector per tensor of the bundle, with the entries of the tensor."""
         ends = [*self.first_rows[1:].tolist(), self.tensor.shape[0]]
         rows = [matrix[begin:end] for begin, end in zip(self.first_rows.tolist(), ends)]
         return [ops.reshape(r, (-1,))[:n] for r, n in zip(rows, self.lengths)]
@@ -110,7 +110,7 @@ class Scores:
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
 
     def split(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Return the entries of each tensor as a vector.
+        """Return one vector per tensor, with the entries of the tensor.
 
         `matrices` is a list of matrices with the same shapes as the matrices in `scores`.
         """

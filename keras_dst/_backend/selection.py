@@ -28,8 +28,8 @@ _SORTED = 1 << 20  # If there are at most this many scores, all scores are sorte
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
 _DEVIATIONS = 5  # Each bound is this many standard deviations away from the expected threshold.
 # If all tensors are ranked together, most scores between the bounds may belong to a few tensors.
-# The vector of copies therefore has room for up to `_CONCENTRATION` times as many scores of a
-# bundle as an even distribution would need.
+# For each bundle, the vector of copies therefore has up to `_CONCENTRATION` times as many entries
+# as an even distribution of the scores would need.
 _CONCENTRATION = 16
 
 
@@ -102,8 +102,8 @@ def kth(scores: Scores, kept):
 
 
 def _peaks(scores: Scores):
-    """Return the largest score in every row of the matrices. Guess that no score is NaN or above
-    `LARGEST` (see `guesses.py`)."""
+    """Return the largest score in every row of the matrices. Assume that no score is NaN or above
+    `LARGEST`, and record this condition for a later check (see `guesses.py`)."""
     peaks = [ops.max(s, axis=1) for s in scores.scores]
     guesses.add(ops.all(ops.stack([ops.all(peak <= LARGEST) for peak in peaks])))
     return peaks
@@ -192,8 +192,8 @@ class _Between:
         values: Vector of the copied scores: first the scores of the first ranking in descending
             order, then the scores of the second ranking, and so on. The vector ends with unused
             entries.
-        ranks: For each score in `values`, its rank among the copied scores of the same ranking,
-            counted from 0.
+        ranks: For each score in `values`, its rank within its ranking. Only copied scores count,
+            and the highest score has rank 0.
         first: Index in `values` at which the scores of each ranking begin.
         counts: Number of copied scores of each ranking.
     """

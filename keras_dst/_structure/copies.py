@@ -50,9 +50,9 @@ def copy_operation(op, name: str, share: bool = False):
     graph.
 
     For a Keras layer with weights, the function creates a new layer and copies the values of the
-    variables. Copies of layers without weights, of custom layers, and of layers with state outside
-    of their variables share their state with the original. The function does not create custom
-    layers from their configs, because a config may lack attributes of the layer.
+    variables. A copy shares its state with the original if the layer has no weights, is a custom
+    layer, or has state outside of its variables. The function does not create custom layers from
+    their configs, because a config may lack attributes of the layer.
     """
     if share or not _has_only_variables(op):
         return _shallow_copy(op, name)
@@ -99,7 +99,8 @@ def copy_recurrent_state(layer, copy) -> None:
 
 
 def _rebuilt_copy(layer, **changes):
-    """Return a built copy of a layer, or None if the copy's variables differ in shape."""
+    """Return a built copy of a layer, or None if the variables of the copy and of the layer have
+    different shapes."""
     if isinstance(layer, SparseContainer):  # Its config also describes the inner sparse layers.
         copy = type(layer).from_config(layer.get_config())
     else:

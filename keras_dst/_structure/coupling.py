@@ -105,7 +105,7 @@ class CoupledChannels:
         return html_table([heading.removesuffix(" >") for heading in _HEADINGS], self._rows())
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """Return the rows of the table in types that JSON supports."""
+        """Return one dict per group, with values that can be written as JSON."""
         return [
             {"channels": len(g) * g.width, "layers": g.layers, "chain": g.chain, "reason": g.reason}
             for g in self.groups

@@ -16,8 +16,8 @@ from keras_dst._structure.plan import Plan
 
 
 def explained_layers(plan: Plan) -> Iterator[tuple[ChannelHandler, Counter[str]]]:
-    """Yield the handler of each layer that computes channels, and a Counter of the reasons why its
-    dead channels are kept."""
+    """Yield a pair for each layer that computes channels: its handler, and a Counter of the reasons
+    why dead channels of the layer are kept."""
     finder = _ReasonFinder(plan)
     seen = set()
     kept = {id(handler.op) for handler in plan.handlers}

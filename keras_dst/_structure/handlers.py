@@ -63,7 +63,7 @@ class ChannelHandler:
 
     def couple(self, unions: ChannelUnions) -> None:
         """Give ids to the output channels. Couple the channels that must be removed together, and
-        pin the channels that cannot be removed."""
+        mark the channels that cannot be removed."""
         raise NotImplementedError
 
     def members(self) -> list[Member]:
@@ -462,7 +462,8 @@ class KernelLayer(ChannelHandler):
 
     @property
     def w(self) -> np.ndarray:
-        """Kernel as an array: the axes of the window, then the input channels, then the units."""
+        """Kernel as an array, with axes in this order: the window, the input channels, the
+        units."""
         return np.asarray(ops.convert_to_numpy(self.layer.kernel))
 
     @cached_property

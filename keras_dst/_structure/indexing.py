@@ -81,7 +81,8 @@ class Split(ChannelHandler):
             y.set_channels(self.x.axis)
 
     def _parts(self, values: np.ndarray) -> list[np.ndarray]:
-        """Split an array with one value per input channel into the arrays of the output tensors."""
+        """Return one array per output tensor, with the values of its channels. The argument has one
+        value per input channel."""
         if self.axis != self.x.axis:
             return [values] * len(self.call.outputs)
         ends = np.cumsum([y.channels for y in self.call.outputs])

@@ -187,8 +187,8 @@ def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, Shrink
     before, after = dense_size(model), dense_size(small)
     times: list[float | None] = [None, None]
     if latency:
-        # Sparse layers also spend time on their masks. Compare dense models, so that the ratio
-        # shows only the effect of the removed channels.
+        # Compare dense models, because sparse layers also spend time on applying their masks. The
+        # ratio then shows only the effect of the removed channels.
         dense = build(Plan(model, remove=False)) if has_sparse_layers(model) else model
         times = _latencies(dense, small)
     kept = {id(handler.op) for handler in plan.handlers}

@@ -70,7 +70,8 @@ class ChannelUnions:
         """Record that the layer is called on `x`. Return all tensors on which the layer has been
         called.
 
-        The channels of all inputs of a layer are coupled, because all calls use the same weights.
+        If a layer is called several times, the channels of its inputs are coupled, because all
+        calls use the same weights.
         """
         tensors = self._called_on.setdefault(id(layer), [])
         tensors.append(x)

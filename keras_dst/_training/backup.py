@@ -178,8 +178,8 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _restore_generator(self):
         """Restore the state of the torch generator before the first batch after the backup.
 
-        `fit` itself draws random numbers before the first batch of an epoch. These draws would
-        change a generator state that was restored before the epoch.
+        `fit` itself draws random numbers before the first batch of an epoch. If the state were
+        restored before the epoch, these random numbers would change the state again.
         """
         if self._generator is not None:
             set_torch_rng_state(self._generator)

@@ -126,7 +126,7 @@ def _built_sparse_optimizers(model) -> list[SparseOptimizer]:
     found = [sparse for outer in optimizers for sparse in sparse_optimizers(outer)]
     compiled = getattr(model, "optimizer", None)
     if compiled is not None and compiled.built and not _keras.trained_variables_of(compiled):
-        # Keras builds the optimizer of an `.h5` file for an empty list of variables.
+        # When Keras loads an `.h5` file, it builds the optimizer for an empty list of variables.
         _keras.rebuild_optimizer(compiled, model.trainable_variables)
     # A custom train_step may use other optimizers than the optimizer passed to `compile`.
     if (
@@ -244,7 +244,7 @@ def _compiled_functions(method, layouts, shapes):
         counts = ops.stack([count_all_true(mask) for mask in masks])
         if not groups:
             return counts, None
-        if method.learned:  # A channel is removed if every layer prunes it.
+        if method.learned:  # A channel is removed if all its layers prune it.
             units = [channels.kept_units(*pair) for pair in zip(masks, layouts)]
             units = [ops.cast(unit, "float32") for unit in units]
             alive = channels.largest_of_units(units, layouts) > 0

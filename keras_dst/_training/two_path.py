@@ -137,8 +137,8 @@ class _Divergence(losses.Loss):
         self.divergence, self.crossentropy = divergence, crossentropy
 
     def call(self, y_true, y_pred):
-        """Return the divergence between the outputs of the two paths for every entry of the
-        batch."""
+        """Return the divergence between the outputs of the pruned path and of the full path, for
+        every entry of the batch."""
         logits = (class_logits(self.crossentropy, outputs) for outputs in (y_pred, y_true))
         entries = self.divergence(*logits)
         if _kind(self.crossentropy) is _BINARY and len(entries.shape):
