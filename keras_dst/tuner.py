@@ -87,7 +87,7 @@ class SparseHyperModel(keras_tuner.HyperModel):
         self.build_model, self.export, self.score = build, export, score
 
     def build(self, hp):
-        """Return a model that the function `build` creates."""
+        """Return the model that the `build` function of the user creates for `hp`."""
         return self.build_model(hp)
 
     def fit(self, hp, model, *args, callbacks=(), **kwargs):

@@ -29,8 +29,8 @@ class Tensor:
         origin: If this tensor is a view with another channel axis, the tensor that it views;
             otherwise None.
         axis: Axis of the channels.
-        constant: For each channel, its value if it is the same for all inputs of the model,
-            otherwise NaN.
+        constant: For each channel, the value of the channel if all model inputs give the same
+            value, otherwise NaN.
         ids: For each channel, the id of its set of coupled channels, which are kept or removed
             together.
     """

@@ -97,7 +97,7 @@ class BothDirections(ChannelHandler):
         ]
 
     def _call_of(self, layer) -> Call:
-        """Return a `Call` object for the forward layer or the backward layer."""
+        """Return a `Call` object for one inner layer of the `Bidirectional` layer."""
         y = Tensor((*self.y.shape[:-1], layer.cell.units), self.y.dtype)
         return Call(layer, self.call.args, self.call.kwargs, [y], self.call.prefix)
 

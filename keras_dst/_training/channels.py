@@ -59,7 +59,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         _warn_of_coupled_layers(model, method)
         return alone
     gates = any(isinstance(layer, Gate) for layer in _keras.flatten_layers(model))
-    if gates and isinstance(method, UnitMethod):  # A `Gate` may multiply any tensor by its gates.
+    if gates and isinstance(method, UnitMethod):  # A `Gate` layer may scale any tensor.
         return alone
     has_graph = _keras.graph_of(model) is not None
     counts_channels = isinstance(method, UnitMethod) or method.counted_in == "channels"

@@ -75,11 +75,11 @@ def drivers_of(model) -> list[Driver]:
 def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
     """Tell the optimizer which channels of a model are pruned together with `pattern="channel"`.
 
-    The `SparseTraining` callback calls this function when `fit` begins. A training loop without the
-    callback calls this function before the first step. Without a call of `couple_channels`, the
-    optimizer ranks the channels of each layer separately. Call `couple_channels` again after the
-    last step, to set the moving means of removed channels to 0. On JAX, the optimizer step itself
-    cannot set the moving means of BatchNormalization layers.
+    The `SparseTraining` callback calls this function when `fit` begins. A training loop without
+    `SparseTraining` calls this function before the first step. Without a call of `couple_channels`,
+    the optimizer ranks the channels of each layer separately. Call `couple_channels` again after
+    the last step, to set the moving means of removed channels to 0. On JAX, the optimizer step
+    itself cannot set the moving means of BatchNormalization layers.
 
     The optimizer does not save which channels are pruned together, so call `couple_channels` again
     after the model is loaded.
@@ -109,7 +109,7 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
 
 
 def _couple_optimizer(model, optimizer: SparseOptimizer) -> Coupling:
-    """Pass the axes and the channels of the weights from a model to its optimizer."""
+    """Tell an optimizer the axes of its weights, and which channels of the model are coupled."""
     known = layouts_of(model)
     pairs = list(zip(optimizer.kernels, optimizer.layouts))
     layouts = {id(kernel): known.get(id(kernel), layout) for kernel, layout in pairs}
@@ -391,8 +391,8 @@ class Driver:
 
     @property
     def in_steps(self) -> bool:
-        """True if the schedule begins and ends at given steps. Such a schedule does not need the
-        length of training."""
+        """True if the schedule is given in steps, not in fractions of training. A schedule in steps
+        does not need the length of training."""
         return self.schedule is not None and self.schedule.in_steps
 
     def is_due(self, batches: int) -> bool:

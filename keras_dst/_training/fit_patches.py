@@ -100,7 +100,8 @@ class ActiveFit:
         self._drivers = [*self._drivers, *drivers]
         if self.model.train_function is None:  # A custom training loop, not `fit`, is running.
             return
-        # Remove the patches of earlier fits, but keep the wrapper of torch.compile.
+        # Remove the patches that earlier calls of `fit` applied, but keep the wrapper of
+        # torch.compile.
         step = inspect.unwrap(self.model.train_function, stop=lambda f: not _is_patched(f))
 
         @functools.wraps(step, assigned=(), updated=())

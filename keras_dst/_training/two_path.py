@@ -126,8 +126,8 @@ def check_rematerialization(model) -> None:
 class _Divergence(losses.Loss):
     """Keras loss that compares the outputs of the pruned path with the outputs of the full path.
 
-    The loss is reduced like the given cross-entropy. Keras also applies the sample weights and the
-    mask of the outputs to the loss.
+    The loss has the same reduction over the batch as the given cross-entropy. Keras also applies
+    the sample weights and the mask of the outputs to the loss.
     """
 
     def __init__(self, divergence, crossentropy):
