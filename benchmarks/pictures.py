@@ -24,7 +24,7 @@ MARKERS = {0.9: "o", 0.98: "D"}
 
 
 def draw(name: str, path: pathlib.Path) -> None:
-    """Draw the picture of the given name, and store its data in the description of the SVG file."""
+    """Draw the picture of the given name. Store the plotted data in the description of the SVG."""
     data, onto, size = PICTURES[name]
     shown = data()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):

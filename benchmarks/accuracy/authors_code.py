@@ -143,7 +143,7 @@ def dcil_net():
 
 
 def dcil(case, net, data, seed):
-    """Train with the authors' loop. The loop gets the current epoch as a fraction, such as 2.5."""
+    """Train with the authors' loop. Pass fractional epochs to the loop, such as 2.5."""
     import run_dcil as authors
 
     task, source = case.task, Augmented(*data[0], seed)
@@ -184,7 +184,7 @@ LOOPS = {"dst": dst, "flipout": flipout, "optg": optg, "dcil": dcil}
 
 
 def prepare(code, family):
-    """Make the authors' modules importable, and replace their imports of missing packages."""
+    """Make the authors' modules importable, and replace the missing packages that they import."""
     sys.path[:0] = [str(code / "mnist" if family == "dst" else code)]
     missing = ["torchvision", "torchvision.models", "torchvision.transforms", "cv2"]
     for name in [*missing, "utils.data_loaders" if family == "flipout" else "data"]:

@@ -122,9 +122,9 @@ def table():
         f"and number of epochs. The target sparsity is {SPARSITY:.0%}. The table below shows the "
         "test accuracy in % after the last epoch, the sparsity, and the overlap of the masks of "
         "two backends. The overlap of two masks is the number of weights that both masks keep, "
-        "divided by the number that at least one mask keeps. All figures in the table are means "
-        "over the seeds. Two random masks would have an overlap of 5 %. `make bench-agreement` "
-        "writes this page from `results/backend_agreement/runs.jsonl`.",
+        "divided by the number of weights that at least one mask keeps. All figures in the table "
+        "are means over the seeds. Two random masks would have an overlap of 5 %. `make "
+        "bench-agreement` writes this page from `results/backend_agreement/runs.jsonl`.",
     ]
     found: dict = {}
     for run in results.runs(BENCHMARK).values():

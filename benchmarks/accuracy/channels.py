@@ -2,8 +2,8 @@
 
 A dense network is trained once per seed. Each method starts from the dense network, prunes it to a
 fraction of its FLOPs, and trains it for the same number of epochs. Accuracy is the test accuracy
-after the last epoch, when `shrink` has removed the pruned channels. Runs that are already stored
-are skipped. The dense networks are saved in build/channels.
+of the shrunk model after the last epoch. Runs that are already stored are skipped. The dense
+networks are saved in build/channels.
 """
 
 import argparse
@@ -158,15 +158,16 @@ def table():
         "",
         "The tables below show the test accuracy in % on CIFAR-10 after the last epoch, as mean "
         "and standard deviation over the seeds. The tables also show the fraction of the FLOPs "
-        "that remains. The accuracy is measured after the pruned channels are removed from the "
-        "model. Every method starts from the same dense network and trains for the same number of "
-        "epochs with the same batches and learning rates. The hyperparameters of the methods are "
-        "not tuned. By default, the sparsity rises during the first three quarters of the "
-        "training. In the rows with `before the training`, all channels are pruned before the "
-        "first training step. Torch-Pruning 1.6.1 ranks groups of coupled channels by their L2 "
-        "norm. Without sparse learning, Torch-Pruning removes channels before the training. With "
-        "the sparse learning of DepGraph, Torch-Pruning removes channels after half of the "
-        "training. `make bench-channels` writes this page from `results/channels/runs.jsonl`.",
+        "that remains after pruning. The accuracy is measured after the pruned channels are "
+        "removed from the model. Every method starts from the same dense network and trains for "
+        "the same number of epochs with the same batches and learning rates. The hyperparameters "
+        "of the methods are not tuned. By default, the sparsity rises during the first three "
+        "quarters of the training. In the rows with `before the training`, all channels are "
+        "pruned before the first training step. Torch-Pruning 1.6.1 ranks groups of coupled "
+        "channels by their L2 norm. Without sparse learning, Torch-Pruning removes channels "
+        "before the training. With sparse learning, Torch-Pruning trains with the penalty of "
+        "DepGraph, and removes channels after half of the training. `make bench-channels` writes "
+        "this page from `results/channels/runs.jsonl`.",
     ]
     for key in dict.fromkeys(key for key, *_ in found):
         net, epochs, images = key

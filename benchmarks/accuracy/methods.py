@@ -11,9 +11,8 @@ python -m benchmarks.accuracy.methods --table
     Write the table from the stored runs.
 
 All methods are trained by SGD with momentum 0.9, batch size 128 and a cosine learning rate. The
-hyperparameters of the methods are not tuned. Accuracy is the test accuracy after the last epoch,
-when `strip` has turned the model into a plain Keras model. Runs that are already stored are
-skipped.
+hyperparameters of the methods are not tuned. Accuracy is the test accuracy of the stripped model
+after the last epoch. Runs that are already stored are skipped.
 """
 
 import argparse

@@ -4,8 +4,8 @@ python -m benchmarks.accuracy.mnist lenet-300-100 --seed 0 --target 0.975
 
 The recipe is SGD with learning rate 0.01 and momentum 0.9, batch size 64 and 20 epochs. Pixels are
 in [0, 1], and there is neither weight decay nor augmentation. The DST paper gives no recipe for
-LSTMs. LSTMs are trained by Adam with learning rate 0.001. Accuracy is the test accuracy after the
-last epoch, when `strip` has turned the model into a plain Keras model.
+LSTMs. LSTMs are trained by Adam with learning rate 0.001. Accuracy is the test accuracy of the
+stripped model after the last epoch.
 """
 
 import argparse

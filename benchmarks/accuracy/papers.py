@@ -20,8 +20,7 @@ python -m benchmarks.accuracy.papers --table
 All methods are trained by SGD with Nesterov momentum 0.9 and batch size 128. All trainable weights
 are L2-regularized. In the common recipe, the learning rate rises for five epochs, and then decays
 along a cosine. The images are randomly cropped and flipped. A separate thread prepares the images
-of the next epoch. Accuracy is the test accuracy after the last epoch, when `strip` has turned the
-model into a plain Keras model.
+of the next epoch. Accuracy is the test accuracy of the stripped model after the last epoch.
 
 In ResNet-56, the methods prune whole channels, and the sparsity is the removed fraction of the
 FLOPs. Consensus removes whole units, so it is compared only with methods that prune channels.

@@ -1,10 +1,10 @@
 """Prune channels with Torch-Pruning, for the tables of results/channels and docs/models.md.
 
 This module runs in the environment .venv-torch-pruning, in which keras_dst is not installed. The
-command `train` prunes the dense networks that `benchmarks.accuracy.channels` has saved. It trains
-with the same data, batches and number of epochs as `benchmarks.accuracy.channels`. The command
-`count` prunes half of the channels of networks with random weights, and counts the remaining FLOPs
-and parameters.
+command `train` prunes the dense networks that `benchmarks.accuracy.channels` has saved. The pruned
+networks are trained with the same data, batches and number of epochs as in
+`benchmarks.accuracy.channels`. The command `count` prunes half of the channels of networks with
+random weights, and counts the remaining FLOPs and parameters.
 
     python -m benchmarks.accuracy.torch_pruning train [OPTIONS]
     python -m benchmarks.accuracy.torch_pruning count

@@ -118,8 +118,8 @@ def half_width(dense):
 def timings(files: list[bytes], rounds: int = 1) -> list:
     """Measure the latencies of `.tflite` files alternately.
 
-    Return the timings of the round with the smallest total latency, because other processes slow
-    down some rounds.
+    Other processes slow down some rounds. Return only the timings of the round with the smallest
+    total latency.
     """
     from keras_dst.export.measure import bench
 
@@ -184,7 +184,7 @@ def measured_latency(dense, small) -> dict:
 
 
 def measured_ops(dense, small) -> dict[str, list[float]]:
-    """Return a dict from each kind of op to its total seconds in the dense and the smaller file.
+    """Return the run time in seconds of each kind of op in the dense and in the smaller file.
 
     Every op is timed in its own file, with batch size 1. Convolutions that have fewer than `LANES`
     filters in the smaller network count as a separate kind of op.
@@ -307,7 +307,7 @@ def table():
         "Each op of the dense file and of the smaller file runs alone, with batch size 1 on one "
         "thread. The column `share` describes the smaller file: the time of each kind of op, "
         "divided by the time of all ops. The row `other ops` contains all kinds of ops that take "
-        "less than 2% of the time of both files.",
+        "less than 2% of the run time of each file.",
         "",
         "A convolution or a dense layer with half of its inputs and half of its outputs needs "
         "about a quarter of the time. The time of the following ops decreases by less than a "

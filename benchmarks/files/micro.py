@@ -4,9 +4,9 @@ python -m benchmarks.files.micro [--nets NET ...]
 
 Four small networks are trained with and without pruning, stripped, and exported for TensorFlow Lite
 Micro and for three Ethos-U NPUs. The accuracies of the float model and of the int8 file are
-measured on all test samples after the last epoch. Vela estimates the cycles and the bytes of the
-encoded weights. Trained networks are saved in build/micro. Runs that are already stored are
-skipped.
+measured on all test samples after the last epoch. Vela estimates the bytes of the encoded weights
+and the number of cycles of a network. Trained networks are saved in build/micro. Runs that are
+already stored are skipped.
 """
 
 import argparse

@@ -50,7 +50,7 @@ def epochs_of(net) -> int:
 
 
 def tuned(net_name, method=None):
-    """Train an already trained dense network further with a pruning method, and return it.
+    """Train a trained dense network further with a pruning method, and return the network.
 
     If the method is None, the network stays dense.
     """
