@@ -104,7 +104,7 @@ def _statistics(layer) -> list:
 
 @contextlib.contextmanager
 def _averaging(layer) -> Iterator[None]:
-    """Average the batch statistics of a BatchNormalization layer over all its calls in the context.
+    """Average the batch statistics of a BatchNormalization layer over all calls in the context.
 
     In each call, the momentum is the number of samples before the call, divided by the number of
     samples including the call. At the end, the moving mean and variance are averages over all

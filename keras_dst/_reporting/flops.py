@@ -81,7 +81,7 @@ class _Call:
 class _Trace(keras.Operation):
     """Operation that calls a model symbolically and records the inference calls of its layers."""
 
-    # The model is not an argument of `__init__`, because Keras would serialize it.
+    # The model is not an argument of `__init__`, because Keras would then serialize the model.
     model: Any
     batch: int
 

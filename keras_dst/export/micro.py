@@ -11,8 +11,8 @@ constants:
   header, and byte 4 is the version of the pruning format. Both versions are 1.
 
 TFLM writes the decoded weight into its memory arena, from which other ops read the weight. An
-encoded file is smaller than the dense file, but needs a larger arena. Because weights are decoded
-during inference, the format does not make inference faster.
+encoded file is smaller than the dense file, but needs a larger arena. The pruning format does not
+make inference faster, because weights are decoded during inference.
 
 Source: ``kernels/decode_state_prune.cc`` in the repository of TFLM.
 """

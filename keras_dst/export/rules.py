@@ -244,8 +244,8 @@ def _zeros_dense(content: bytes) -> Iterator[Finding]:
 
 
 def _sparse_inference(model, graph) -> tuple[bool, str, list[Finding]]:
-    """Return three results: whether XNNPACK uses sparse kernels on CPUs without AVX, the reason,
-    and the findings."""
+    """Return whether XNNPACK uses sparse kernels on CPUs without AVX, the reason for this, and a
+    list of findings."""
     rule, hinted = "sparse-inference", sparse_inference.is_hinted(model, graph)
     nodes = sparse_inference.read_nodes(model, graph)
     region = sparse_inference.sparse_region(nodes, graph)

@@ -19,7 +19,7 @@ from keras_dst.export.states import reset_states
 MAX_SAMPLES = 32
 #: Maximum number of samples of a data set or generator that are used for calibration to int8.
 MAX_CALIBRATION_SAMPLES = 1000
-#: Batch size of the comparison for a model with a dynamic batch size.
+#: Batch size in the comparison of a file with a Keras model whose batch size is dynamic.
 BATCH = 4
 
 _ACCEPTED = (
