@@ -52,7 +52,7 @@ def density(report, ax=None):
 
 
 def masks(model, names: Filters = None, columns: int = 4):
-    """Draw a heat map of each prunable weight that shows which entries are kept.
+    """Draw a heat map for each prunable weight, to show which entries are kept.
 
     The rows of a heat map are inputs, and the columns are outputs. For a convolution, the heat map
     has one row for each combination of a window position and an input channel. If a weight has more
@@ -61,9 +61,9 @@ def masks(model, names: Filters = None, columns: int = 4):
 
     Args:
         model: A built Keras 3 model: dense, sparse or stripped. The model is not changed.
-        names: Weights to draw: the path of a weight, the name of a layer, a regular expression that
-            matches whole paths or names, or a list of these strings. Defaults to None, which draws
-            all weights.
+        names: Weights to draw. A string is the path of a weight, the name of a layer, or a regular
+            expression that matches whole paths or names. A list may contain several such strings.
+            Defaults to None, which draws all weights.
         columns: Maximum number of heat maps in a row of the figure. Defaults to 4.
 
     Returns:
@@ -132,9 +132,9 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
     Every key of `results` labels one curve.
 
     Args:
-        results: Dict that maps each label to a list of pairs `(sparsity, value)`. If several pairs
-            of a list have the same sparsity, for example for several seeds, the plot shows the mean
-            and the range of the values.
+        results: Dict that maps each label to a list of pairs `(sparsity, value)`. A list may
+            contain several pairs with the same sparsity, for example for several seeds. The plot
+            then shows the mean and the range of their values.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
         dense: Value of the dense baseline, drawn as a horizontal line. Defaults to None, which
             draws no line.

@@ -1,8 +1,8 @@
 """Random numbers that depend only on the seed, the training step, the tensor and the position.
 
 Replicas, resumed training runs and the three backends therefore draw the same numbers. Each number
-is a hash of (seed, step, index of the tensor, position in the tensor) in int32 arithmetic, which
-overflows in the same way on all backends.
+is a hash of (seed, step, index of the tensor, position in the tensor). The hash uses int32
+arithmetic, which overflows in the same way on all backends.
 """
 
 import functools

@@ -322,8 +322,8 @@ class _Ranking(Scores):
         candidate is the threshold at which the interpolated count equals `kept` (false position).
         If the lower or the upper threshold stays the same for two steps, the method halves the
         difference between the count of this threshold and `kept` (Illinois variant). Every third
-        step tries the midpoint between the lower and the upper threshold, which limits the number
-        of steps for any distribution of scores.
+        step tries the midpoint between the lower and the upper threshold. The number of steps is
+        therefore limited for any distribution of scores.
 
         Dowell and Jarratt analyze the Illinois variant in "A modified regula falsi method for
         computing the root of an equation", BIT 11 (1971).

@@ -189,9 +189,8 @@ class _Between:
     """Sorted copies of the scores between the lower and the upper bound of each ranking.
 
     Attributes:
-        values: Vector of the copied scores: first the scores of the first ranking in descending
-            order, then the scores of the second ranking, and so on. The vector ends with unused
-            entries.
+        values: Vector of the copied scores, ordered by ranking, and within a ranking in descending
+            order. The vector ends with unused entries.
         ranks: For each score in `values`, its rank within its ranking. Only copied scores count,
             and the highest score has rank 0.
         first: Index in `values` at which the scores of each ranking begin.

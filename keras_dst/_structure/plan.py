@@ -25,16 +25,16 @@ class Plan:
         all_handlers: List with one layer handler for each call of an operation, in call order.
         handlers: Layer handlers of the calls that the outputs of the smaller model depend on.
         names: Dict that maps the id of each operation to its name in the smaller model.
-        tied: Dict that maps the id of each operation that shares a weight to a phrase, such as
-            "shares a weight with 'dense'".
+        tied: Operations that share a weight. The dict maps the id of each operation to a phrase,
+            such as "shares a weight with 'dense'".
         originals: Dict that maps the id of each variable of a dense copy to the corresponding
             variable of the given model.
         pinned: Boolean array that is True for each set of coupled channels that must be kept.
         pin_reasons: Dict that maps the id of a set of coupled channels to the reason why the
             channels cannot be removed.
         removed: Boolean array that is True for each set of coupled channels that is removed.
-        kept_reasons: Dict that maps the id of a set of coupled channels to the reason why the set
-            is kept, although no kept channel needs it.
+        kept_reasons: Sets of coupled channels that are kept although no kept channel needs them.
+            The dict maps the id of each set to the reason.
     """
 
     def __init__(self, model, remove: bool = True):
@@ -172,8 +172,8 @@ class Plan:
 
 
 def _weight_sharing(operations: list) -> dict[int, str]:
-    """Return a dict that maps the id of each operation that shares a weight to a phrase, such as
-    "shares a weight with 'dense'"."""
+    """Find the operations that share a weight. The returned dict maps the id of each such operation
+    to a phrase, such as "shares a weight with 'dense'"."""
     owners: dict[int, dict[int, str]] = {}
     for op in operations:
         for variable in getattr(op, "weights", ()):

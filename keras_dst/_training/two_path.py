@@ -27,10 +27,10 @@ _EPSILON = 1e-7  # Lower bound at which Keras's losses clip probabilities before
 class TwoPathLoss:
     """Replacement of a model's `compute_loss` that trains both paths.
 
-    A training step runs the model a second time, without masks. The loss is the loss of the pruned
-    path, plus the loss of the full path, plus the divergence between the outputs of both paths.
-    Metrics use only the outputs of the pruned path. Regularizers and losses from `add_loss` are
-    counted once.
+    A training step runs the model a second time, without masks. The total loss is the sum of three
+    terms: the loss of the pruned path, the loss of the full path, and the divergence between their
+    outputs. Metrics use only the outputs of the pruned path. Regularizers and losses from
+    `add_loss` are counted once.
 
     Args:
         model: Model that is trained.
