@@ -1,7 +1,7 @@
 """Tests of the ranking algorithm for accelerators, which runs on the CPU in these tests.
 
 This file runs the tests in `tests/test_masks.py` again with the algorithm for accelerators. The
-tests compare the masks with a sort in NumPy.
+tests compare the masks with the masks of a sort in NumPy.
 """
 
 import contextlib
@@ -87,8 +87,8 @@ def wrong_guesses(searches):
     return searches
 
 
-# With `limit` 1, the ranking does not sort all scores. Instead, it guesses each threshold from a
-# sample of the scores.
+# With `limit` 1, the ranking does not sort all scores. Instead, the ranking guesses each threshold
+# from a sample of the scores.
 @only_torch
 @pytest.mark.parametrize("limit", [1, 1 << 20])
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def fit(model, callbacks, epochs=8):
 
 
 def check_agreement(model, history, sparse_training, target, tolerance=0.02):
-    """Check the target, and that the logged sparsity equals the sparsity of the stripped model."""
+    """Check that the target is met, and that the logged sparsity equals the sparsity of the
+    stripped model."""
     assert sparse_training.missed() == []
     assert history["sparsity"][-1] >= target - 0.01
     keras_dst.strip(model)

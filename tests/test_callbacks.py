@@ -64,12 +64,13 @@ def test_a_short_training_is_pruned():
     keras.backend.backend() != "torch", reason="only PyTorch wraps the step to compile it"
 )
 def test_fit_keeps_the_torch_compile_wrapper_of_the_step(monkeypatch):
-    # `fit` wraps the training step in a guard, and the next call of `fit` removes this guard.
+    # `fit` adds a guard around the training step. The next call of `fit` removes the guard, but
+    # must keep the wrapper of `torch.compile`.
     import torch
 
     steps = []
 
-    def stand_in(step):  # Stand-in for `torch.compile`, which would take a minute.
+    def stand_in(step):  # Replacement for `torch.compile`, which would take a minute.
         @functools.wraps(step)
         def compiled(data):
             steps.append(1)

@@ -424,8 +424,8 @@ def test_no_layer_collapses_in_a_short_training_at_a_high_rate(method):
         floors = allocation.floor_counts(kernels, target)
     for row, floor in zip(report.layers, floors):
         assert row.nonzeros >= floor, row
-    # Even if a unit gets no signal, its weights do not explode. RigL alone activates the weights
-    # with the largest gradients, and does not limit these gradients.
+    # Even if a unit gets no signal, its weights do not explode. RigL is an exception: it activates
+    # the weights with the largest gradients, and does not limit these gradients.
     if not isinstance(method, methods.RigL):
         largest = max(np.abs(w.numpy()).max() for w in model.trainable_weights)
         assert largest < 5 * largest_dense_weight()

@@ -174,7 +174,8 @@ class TestTraining:
         bad[20] = np.nan
         kernel = [v for v in model.trainable_variables if v.path.endswith("kernel")][-1]
         value = kernel.numpy().copy()
-        # One weight is NaN, too, because TensorFlow's ReLU turns NaN inputs into 0.
+        # One weight is NaN, too: TensorFlow's ReLU turns NaN inputs into 0, so a NaN input alone
+        # may have no effect.
         value[0, 0] = np.nan
         kernel.assign(value)
         history = fit(model, bad, y, epochs=3, callbacks=[SparseTraining()])

@@ -277,7 +277,7 @@ def test_zeros_stay_zeros_under_gptq():
     """
     rng = np.random.default_rng(0)
     table = rng.standard_normal((16, 16)).astype("float32")
-    # To correlate the inputs, every odd input is a multiple of an even input.
+    # To correlate the inputs, every odd column of the table is a multiple of the column before it.
     table[:, 1::2] = 0.3 * table[:, ::2]
     kernel = rng.standard_normal((16, 32)).astype("float32")
     kernel[1::2] = 0

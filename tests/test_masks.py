@@ -220,7 +220,7 @@ BLOCKS = [
     ("4x1", (6, 5), KERNEL, (1, 4)),
     ("2x4", (7, 5), KERNEL, (4, 2)),
     ("1x16", (6, 5), KERNEL, (6, 1)),  # A block of 16 is cut to 6, the length of the axis.
-    # The following shapes are kernels of convolutions.
+    # The following shapes belong to kernels of convolutions.
     ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),
     ("4x1", (3, 2, 6, 5), KERNEL, (1, 1, 1, 4)),
     ("2x2", (3, 2, 6, 5), KERNEL, (1, 1, 2, 2)),
@@ -699,8 +699,8 @@ def test_n_of_m(shape, n, m, axis):
         np.testing.assert_array_equal(ops.convert_to_numpy(found), expected)
 
 
-# A kernel with 6 inputs and 2 outputs, pruned with the pattern 2:4 along the inputs. The last group
-# contains only 2 inputs, and both weights of an output are kept.
+# The test prunes a kernel with 6 inputs and 2 outputs with the pattern 2:4. The last group contains
+# only 2 inputs, so both weights of each output are kept.
 def test_golden_n_of_m():
     kernel = [[3, 1], [1, 1], [2, 2], [0, 3], [0, 9], [0, 0]]
     found = masks.n_of_m(tensor(kernel), 2, 4)

@@ -55,7 +55,7 @@ def test_rate_of_dcil_drops_twice():
 @pytest.mark.once
 def test_settings_select_the_runs_of_a_table():
     first = runs_of(["resnet-32-16"])
-    # For each of the three seeds, there are a dense run and three sparsities of every method.
+    # Each of the three seeds has one dense run, and runs at three sparsities for every method.
     assert len(first) == 3 * (1 + 3 * len(METHODS))
     assert [run.method for run in first[:2]] == ["dense", "DCIL"]
     assert [run.seed for run in first] == sorted(run.seed for run in first)
@@ -140,8 +140,8 @@ def test_a_run_in_three_pieces_equals_a_run_in_one_piece(method, tiny, tmp_path)
     for _ in range(2):
         with pytest.raises(Paused):  # The deadline has passed, so each call trains one epoch.
             train("three", deadline=0.0)
-    # The first call trains the last epoch. The second call finds the finished run in the backup and
-    # trains nothing.
+    # In this loop, the first call trains the last epoch. The second call finds the finished run in
+    # the backup and trains nothing.
     for _ in range(2):
         resumed, found = train("three", deadline=0.0)
         for a, b in zip(model.get_weights(), resumed.get_weights(), strict=True):

@@ -99,7 +99,7 @@ def test_arguments_select_pattern_weights_and_metric(data):
     )
     (row,) = found.weights
     w = model.get_weights()
-    # The pattern 2:4 prunes the two smallest of four inputs.
+    # The pattern 2:4 prunes the two smallest of every four weights.
     order = np.argsort(np.abs(w[0]), axis=0)
     np.put_along_axis(w[0], order[:2], 0, axis=0)
     model.set_weights(w)

@@ -90,7 +90,8 @@ def assert_same_outputs(model, small):
 
 
 def check(model, **widths):
-    """Shrink a model; check the outputs, the layer widths, and that the model does not change."""
+    """Shrink a model. Check the layer widths, and that the outputs and the old model do not
+    change."""
     before = models.arrays(model.weights)
     small = keras_dst.shrink(model)
     for variable, old in zip(model.weights, before):
@@ -685,7 +686,8 @@ def with_layer(layer, dtype="float32", **options):
 
 
 def assert_smaller(model, x, layer="hidden"):
-    """Shrink a model; check the outputs, the old model, and that half of the units are removed."""
+    """Shrink a model. Check that the outputs and the old model do not change, and that half of the
+    units are removed."""
     before = models.arrays(model.variables)
     small = keras_dst.shrink(model)
     for variable, old in zip(model.variables, before):

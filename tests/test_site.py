@@ -63,7 +63,7 @@ def test_every_page_is_built_and_every_marker_is_replaced(site):
 
 
 def test_every_page_begins_with_a_sentence(site):
-    """A page says what it is for, before its first table, code block or heading."""
+    """Every page begins with a paragraph, before its first table, code block or heading."""
     for path, text in html(site).items():
         article = text.split("<article")[-1]
         if "<h1" in article and path.parent != site:  # index.html has other tests
@@ -73,7 +73,8 @@ def test_every_page_begins_with_a_sentence(site):
 
 
 def test_markdown_is_rendered_as_on_github(site):
-    """Nested lists are rendered as nested lists, and a formula does not start a paragraph."""
+    """Nested lists are rendered as nested lists, and no formula directly follows the end of a
+    paragraph."""
     contributing = (site / "CONTRIBUTING/index.html").read_text()
     assert re.search(r"file with <code>every\(n\)</code>((?!</li>).)*<ul", contributing, re.DOTALL)
     for path, text in html(site).items():
@@ -84,7 +85,8 @@ def test_markdown_is_rendered_as_on_github(site):
 
 
 def test_formulas_and_figures_fit_a_phone(site):
-    """Formulas of one line may be shown below each other, and no line begins with a % sign."""
+    """Formulas that share a line in the source become separate blocks, and a number is never
+    separated from its % sign."""
     text = (site / "methods/dst/index.html").read_text()
     source = (ROOT / "docs/methods/dst.md").read_text()
     assert text.count('display="block"') == source.count("```math") + source.count(r"\qquad")

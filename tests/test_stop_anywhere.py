@@ -169,8 +169,8 @@ def test_resuming_from_a_final_backup_trains_no_further(name, tmp_path):
 @once
 @pytest.mark.parametrize("driven", [True, False])
 def test_an_interruption_while_batches_are_skipped(driven, tmp_path):
-    """If `fit` is interrupted while it skips batches, a later `fit` without a backup callback skips
-    no batches."""
+    """Interrupt `fit` while it skips batches of an earlier run. A later `fit` without a backup
+    callback must not skip batches."""
     method = stop_worker.ALL_METHODS["magnitude" if driven else "dst"]
     callbacks = [SparseTraining()] if driven else []
     crash(stop_worker.build(method), (1, 7), *callbacks, BackupAndRestore(tmp_path, 3))

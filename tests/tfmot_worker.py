@@ -77,7 +77,7 @@ def net(keras, name):
 
 
 def data(name):
-    """Return inputs and labels of all steps, in order."""
+    """Return the inputs and labels for all training steps, in order."""
     rng = np.random.default_rng(0)
     size = BATCH * BATCHES * EPOCHS
     x = rng.standard_normal((size, *SHAPES.get(name, (10,)))).astype("float32")

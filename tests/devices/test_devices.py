@@ -19,7 +19,8 @@ SETUPS = {
 COPIES = 2  # Number of copies of each variable in a run on several devices.
 # Methods that limit the gradients of pruned weights. On TensorFlow and PyTorch, every device
 # computes the limit from its part of the batch. The trained weights therefore differ from the
-# weights of a run on one device. On JAX, the limit is computed from the whole batch.
+# weights of a run on one device. On JAX, the limit of the gradients is computed from the whole
+# batch.
 LIMITED = {"dst", "optg", "consensus"} if BACKEND != "jax" else set()
 # In `make test`, only tests/devices/test_pages.py trains on several TensorFlow workers.
 RUNS = [

@@ -25,8 +25,8 @@ BLOCKS = Format(4, unpack=True, int8=True)
 HYBRID = Format(16, unpack=False, int8=True)
 
 
-# Each row of the weight has its own int8 scale. The largest values of the first two rows, 2.54 and
-# 1, become 127. The third row contains only zeros and has the scale 1.
+# Each row of the weight has its own int8 scale. In int8, the largest values of the first two rows,
+# 2.54 and 1, become 127. The third row contains only zeros and has the scale 1.
 def test_quantize_a_small_weight():
     made, parameters = quantize.quantize(
         np.array([[2.54, 0, -1.27], [1, 0.5, 0], [0, 0, 0]], np.float32), axis=0

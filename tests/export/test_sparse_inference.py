@@ -1,6 +1,6 @@
 """Tests of the search for ops that XNNPACK runs in NCHW layout.
 
-test_sparse_kernels.py compares the results of this search with LiteRT.
+test_sparse_kernels.py compares the results of the search with the behavior of LiteRT.
 """
 
 import numpy as np

@@ -95,7 +95,8 @@ FILES = WRITTEN | {name: content for name, (content, _) in RULES.items()}
 
 @pytest.fixture(scope="module", params=[no_avx, arm64], ids=["AVX hidden", "ARM emulated"])
 def outputs(request, tmp_path_factory):
-    """Return the outputs of each file on this CPU, and on the other CPU with each op resolver."""
+    """Return the outputs of each file on this CPU, and on the CPU without AVX with each op
+    resolver."""
     cpu = request.param
     if cpu.obstacle():
         pytest.skip(cpu.obstacle())

@@ -575,7 +575,7 @@ def test_two_methods_with_two_paths_raise():
         fit(model, random(16, 5), RNG.integers(0, 3, 16))
 
 
-@every(1)  # DCIL trains layers in a remat scope on JAX, and raises an error on other backends.
+@every(1)  # On JAX, DCIL trains in a remat scope. On other backends, DCIL raises an error.
 def test_layers_in_a_remat_scope():
     x, y = random(16, 5), RNG.integers(0, 3, 16)
 

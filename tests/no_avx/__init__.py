@@ -1,9 +1,9 @@
-"""Run Python as on a CPU without AVX. XNNPACK then uses its sparse kernels, as on ARM.
+"""Run Python as on a CPU without AVX. Without AVX, XNNPACK uses its sparse kernels, as on ARM.
 
 LiteRT reads the features of the CPU with CPUID instructions. The program ``objdump`` finds the
 addresses of these instructions in the libraries of LiteRT. This module sets a breakpoint at each
-CPUID instruction, only in the memory of the current process. At a breakpoint, a signal handler in
-``hide_avx.c`` reports the features of the CPU without AVX, FMA, F16C and later extensions.
+CPUID instruction, but only in the memory of the current process. At a breakpoint, a signal handler
+in ``hide_avx.c`` reports the features of the CPU without AVX, FMA, F16C and later extensions.
 """
 
 import ctypes
