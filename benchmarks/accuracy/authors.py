@@ -137,10 +137,11 @@ def table():
         "# Comparison with the authors' code",
         "",
         "The table below shows the test accuracy in % after the last epoch as mean and standard "
-        "deviation over the seeds. The number in brackets is the sparsity. keras_dst and the "
-        "authors' code train the same network from the same initial weights, with the same data, "
-        "number of epochs, batch size and learning rate. The authors' code runs on PyTorch, on a "
-        "CPU. `make bench-authors` writes this page from `results/authors/runs.jsonl`.",
+        "deviation over the seeds. The number in brackets is the sparsity. The authors' code and "
+        "keras_dst train the same network from the same initial weights. The data, the number of "
+        "epochs, the batch size and the learning rate are also the same. The authors' code runs "
+        "on PyTorch, on a CPU. `make bench-authors` writes this page from "
+        "`results/authors/runs.jsonl`.",
         "",
         "| method | network | epochs | target | seeds | authors' code | keras_dst | backend of "
         "keras_dst |",

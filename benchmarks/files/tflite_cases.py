@@ -204,12 +204,12 @@ def table():
         "# Sparse .tflite files: size, latency, accuracy",
         "",
         "The table below shows the bytes and the latency of each file, relative to the dense "
-        "float32 file of the same network after the same number of epochs. Latency is the time "
-        "of one inference on one thread. Latency is also measured with AVX disabled, because "
-        "XNNPACK then uses the same kernels as on ARM. The column `accuracy` gives three "
-        f"accuracies in % on {TESTED:,} test images: of the dense network, of the sparse network, "
-        "and of the sparse file. Bold figures meet their goal, and crossed-out figures miss their "
-        "goal. `make bench-tflite` writes this page from "
+        "float32 file. The dense network and the sparse network are trained for the same number "
+        "of epochs. Latency is the time of one inference on one thread. Latency is also measured "
+        "with AVX disabled, because XNNPACK then uses the same kernels as on ARM. The column "
+        f"`accuracy` gives three accuracies in % on {TESTED:,} test images: of the dense "
+        "network, of the sparse network, and of the sparse file. Bold figures meet their goal, "
+        "and crossed-out figures miss their goal. `make bench-tflite` writes this page from "
         "`results/tflite_cases/runs.jsonl`.",
         "",
         "| case | accuracy | bytes | gzip | latency | latency, AVX disabled |",
