@@ -24,6 +24,7 @@ from keras_dst.methods.base import ScheduleState
 from tests import test_contract, test_masks
 from tests.backends import every
 from tests.test_masks import (  # noqa: F401
+    small_rows,
     test_kth_is_exceeded_by_exactly_k_scores,
     test_the_threshold_search_among_zeros_takes_few_steps,
     test_top_k,
@@ -31,6 +32,7 @@ from tests.test_masks import (  # noqa: F401
     test_top_k_in_half_precision,
     test_top_k_of_each_tensor,
     test_top_k_of_each_tensor_equals_a_stable_sort,
+    test_top_k_of_each_tensor_in_several_rows_bundles_and_slabs,
     test_top_k_of_groups_equals_a_stable_sort,
     test_top_k_of_scores_over_fifteen_orders_of_magnitude,
     test_top_k_of_several_rows_bundles_and_slabs,

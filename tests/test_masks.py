@@ -592,19 +592,21 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
     assert_equal(top_k(scores, counts, sizes), expected)
 
 
-# `top_k` arranges all scores in rows. Small tensors are combined in bundles of rows, and the rows
-# of a large tensor are divided into slabs. In this test, rows, bundles and slabs are small: the
-# scores need several of each, and some are only partly full.
-@every(2)
-def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
-    sizes = {
+@pytest.fixture
+def small_rows(monkeypatch):
+    """Let `top_k` use small rows, bundles and slabs, and return scores that need several of each.
+
+    `top_k` arranges all scores in rows. Small tensors are combined in bundles of rows, and the rows
+    of a large tensor are divided into slabs. Some of the rows, bundles and slabs are partly full.
+    """
+    small = {
         "ROW_WIDTH": 4,
         "_BUNDLE_SIZE": 16,
         "_SLAB_ROWS": 2,
         "_SAMPLE_FROM": 1,
         "_SAMPLE_STRIDES": (2, 3),
     }
-    for name, size in sizes.items():
+    for name, size in small.items():
         for module in (ranking, rows, selection):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, size)
@@ -612,35 +614,40 @@ def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
     scores = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
     scores[0], scores[2] = np.round(scores[0]), np.round(scores[2])  # Create ties.
     sizes = [np.random.RandomState(i).randint(1, 5, shape) for i, shape in enumerate(shapes)]
+    return scores, sizes
 
-    def found(sizes=None, first=None):
-        function = jit(lambda s, kept: masks.top_k(s, kept, sizes, first))
-        tensors = [tensor(s) for s in scores]
-        return lambda kept: [
-            array(mask) for mask in function(tensors, ops.convert_to_tensor(kept, "int32"))
-        ]
 
-    def raised(first):
-        best = [m for s, n in zip(scores, first) for m in reference_top_k([s], n)]
-        return [s + 100 * m for s, m in zip(scores, best)]
+def compiled(scores, sizes=None, first=None):
+    """Return a function that computes the masks of the given scores for a tensor `kept`."""
+    function = jit(lambda s, kept: masks.top_k(s, kept, sizes, first))
+    tensors = [tensor(s) for s in scores]
+    return lambda kept: [
+        array(mask) for mask in function(tensors, ops.convert_to_tensor(kept, "int32"))
+    ]
 
-    together, of_groups, best_first = found(), found(sizes), found(first=[1] * len(shapes))
-    several = [3, 1, 2, 5]
-    several_first, of_groups_first = found(first=several), found(sizes, several)
-    for kept in (0, 7, 30, 51, 99):
-        assert_equal(together(kept), reference_top_k(scores, kept))
-        assert_equal(of_groups(kept), reference_top_k(scores, kept, sizes))
-    for kept in (4, 11, 30, 51, 99):
-        assert_equal(best_first(kept), reference_top_k(raised([1] * len(shapes)), kept))
-    for kept in (11, 12, 30, 51, 99):
-        assert_equal(several_first(kept), reference_top_k(raised(several), kept))
-        # The ranking always keeps 11 groups. With `sizes`, each of the 11 groups has up to 4
-        # weights instead of 1. Up to 11 * 3 = 33 more weights are therefore kept.
-        kept += 33
-        assert_equal(of_groups_first(kept), reference_top_k(raised(several), kept, sizes))
+
+@every(12)
+@pytest.mark.parametrize("first", [[0, 0, 0, 0], [1, 1, 1, 1], [3, 1, 2, 5]], ids=str)
+@pytest.mark.parametrize("grouped", [False, True], ids=["weights", "groups"])
+def test_top_k_of_several_rows_bundles_and_slabs(small_rows, grouped, first):
+    scores, sizes = small_rows
+    # The ranking always keeps the best `first[i]` groups of tensor i.
+    best = [m for s, n in zip(scores, first) for m in reference_top_k([s], n)]
+    raised = [s + 100 * m for s, m in zip(scores, best)]
+    found = compiled(scores, sizes if grouped else None, first if any(first) else None)
+    # With `sizes`, each group that is always kept has up to 4 weights instead of 1.
+    lowest = sum(first) * (4 if grouped else 1)
+    for kept in (lowest, lowest + 7, lowest + 30, lowest + 51, 99):
+        assert_equal(found(kept), reference_top_k(raised, kept, sizes if grouped else None))
+
+
+@every(12)
+def test_top_k_of_each_tensor_in_several_rows_bundles_and_slabs(small_rows):
+    scores, sizes = small_rows
     counts = [11, 0, 2, 36]
     each = zip(scores, counts, sizes)
-    assert_equal(found(sizes)(counts), [reference_top_k([s], k, [n])[0] for s, k, n in each])
+    expected = [reference_top_k([s], k, [n])[0] for s, k, n in each]
+    assert_equal(compiled(scores, sizes)(counts), expected)
 
 
 # -- kth -------------------------------------------------------------------------------------------
