@@ -429,6 +429,10 @@ def _config_holds_layers(layer) -> bool:
     """Return whether the config of a layer contains the configs of its inner layers."""
     if not isinstance(layer, keras.Model):
         return False
+    # For models without a class of their own, the answer is known. `get_config` would import
+    # TensorFlow on every backend, if TensorFlow is installed, and this import takes seconds.
+    if type(layer) in (keras.Sequential, _keras.Functional):
+        return True
     try:
         return "layers" in layer.get_config()
     except NotImplementedError:

@@ -1,9 +1,10 @@
-"""Worker process that `test_stop_anywhere` stops: `python -m tests.stop_worker FOLDER SAVE_FREQ`.
+"""Worker process that `test_stop_anywhere` stops.
 
-The process trains a small network with every method, one after the other. During training, the
-process saves backups. The process prints a line after every step. After the training run of a
-method, the process writes all trained variables to `METHOD.npz`. A restarted process skips the
-methods that have a file `METHOD.npz`.
+For each folder, `python -m tests.stop_worker SAVE_FREQ FOLDER ...` trains a small network with
+every method, one after the other. During training, the process saves backups in the folder. The
+process prints a line after every step. After the training run of a method, the process writes all
+trained variables to `METHOD.npz`. A restarted process skips the methods that have a file
+`METHOD.npz`.
 """
 
 import pathlib
@@ -105,4 +106,6 @@ def main(folder, save_freq):
 
 if __name__ == "__main__":
     warnings.simplefilter("error", UserWarning)
-    main(sys.argv[1], sys.argv[2] if sys.argv[2] == "epoch" else int(sys.argv[2]))
+    freq, *folders = sys.argv[1:]
+    for each in folders:
+        main(each, freq if freq == "epoch" else int(freq))

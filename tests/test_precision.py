@@ -13,7 +13,7 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.masks import KERNEL
 from keras_dst.methods import LayerMethod
 from tests import models
-from tests.backends import COMPILES, LONG, every
+from tests.backends import LONG, every
 
 pytestmark = every(8)
 
@@ -31,12 +31,13 @@ METHODS = {
     "set": methods.SET(0.8),
     "rigl": methods.RigL(0.8),
 }
-# Tests that compile a training step for each method use only these methods.
-COMPILED = [METHODS[name] for name in ("dst-target", "dcil", "consensus", "magnitude", "rigl")]
+# `make test` combines only these methods, one of each family, with all pairs of dtypes.
+FAMILIES = ("dst-target", "dcil", "consensus", "magnitude", "rigl")
 # Pairs of dtypes: the first dtype is for the first layer of a model, and the second dtype is for
 # the normalization and the second dense layer.
 MIXED = [("float64", "float32"), ("float32", "float64"), ("bfloat16", "float32")]
 MIXED += [("float16", "float16"), ("bfloat16", "bfloat16")]
+PAIRS = [(name, types) for types in MIXED for name in (METHODS if LONG else FAMILIES)]
 
 x = np.random.default_rng(0).standard_normal((64, 16)).astype("float32")
 y = (x[:, 0] > 0).astype("int32")
@@ -98,14 +99,10 @@ def test_float64_as_default_dtype(method):
     check_training(method)
 
 
-@every(1)
-@pytest.mark.parametrize("types", MIXED, ids="-".join)
-def test_layers_of_two_dtypes_in_one_model(method, types):
-    if COMPILES and (types != MIXED[0] or method not in COMPILED):
-        pytest.skip("PyTorch tests the other dtypes without compiling")
-    if not LONG and types != MIXED[0] and method not in COMPILED:
-        pytest.skip("only one method of each family is tested with all dtypes")
-    check_training(method, *types)
+@every(12)
+@pytest.mark.parametrize(("name", "types"), PAIRS)
+def test_layers_of_two_dtypes_in_one_model(name, types):
+    check_training(METHODS[name], *types)
 
 
 RANKED = [name for name in METHODS if not name.startswith(("dst", "consensus"))]

@@ -7,10 +7,12 @@ import re
 import keras
 import pytest
 
+from tests.backends import slow
 from tests.devices.launch import launch
 from tests.pages import blocks
 
 BACKEND = keras.backend.backend()
+WORKERS = "tensorflow processes=2"  # Header of the code block for several TensorFlow workers.
 
 
 def of_this_backend():
@@ -19,10 +21,17 @@ def of_this_backend():
     return found
 
 
-@pytest.mark.parametrize("place", range(len(of_this_backend())))
-def test_many_devices(place, tmp_path):
+# In `make test`, only the code for several TensorFlow workers runs, because test_devices.py already
+# trains with the other strategies.
+@pytest.mark.parametrize(
+    ("info", "code"),
+    [
+        pytest.param(*block, id=str(i), marks=[] if block[0] == WORKERS else [slow])
+        for i, block in enumerate(of_this_backend())
+    ],
+)
+def test_many_devices(info, code, tmp_path):
     common = "".join(code for info, code in blocks("many_devices.md") if not info)
-    info, code = of_this_backend()[place]
     processes = int((re.findall(r"processes=(\d+)", info) or [1])[0])
     script = tmp_path / "train.py"
     last = "print('It ended at', keras_dst.report(model).sparsity)\n"
