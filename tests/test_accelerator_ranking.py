@@ -423,7 +423,7 @@ def train_small_model(name, policy):
     return driver.measure()
 
 
-@every(24)
+@every(48)
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("name", ["magnitude", "set", *test_contract.KINDS])

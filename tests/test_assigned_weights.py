@@ -12,7 +12,7 @@ from keras_dst.callbacks import SparseTraining
 from tests import models
 from tests.backends import every, once, slow
 
-pytestmark = every(32)
+pytestmark = every(64)
 
 METHODS = {
     "magnitude": methods.Magnitude(0.8),
@@ -92,7 +92,7 @@ BOTH_ORDERS = [
 ]
 
 
-@every(24)
+@every(48)
 @pytest.mark.parametrize(("name", "first"), BOTH_ORDERS)
 def test_restored_weights_are_pruned_again_with_a_warning(name, first):
     method = METHODS[name]
@@ -112,7 +112,7 @@ def test_restored_weights_are_pruned_again_with_a_warning(name, first):
         check_agreement(model, history, sparse_training, method.schedule.sparsity)
 
 
-@every(24)
+@every(48)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", ["magnitude", "rigl", "optg", "dst"])
 def test_early_stopping_with_restored_best_weights(name, first):
@@ -148,7 +148,7 @@ def test_restored_weights_that_are_sparser_than_the_target_raise_no_warning(meth
     check_agreement(model, history, sparse_training, 0.8, tolerance=1e-6)
 
 
-@every(24)
+@every(48)
 @pytest.mark.parametrize("name", ["magnitude", "revival", "rigl", "flipout", "optg"])
 def test_best_weights_at_the_target_are_restored_unchanged(name):
     """The restored weights fit the masks of the same epoch, so `SparseTraining` does not warn."""
@@ -177,7 +177,7 @@ def test_early_stopping_keeps_the_sparsity_of_the_schedule():
     assert keras_dst.report(model).sparsity == pytest.approx(history["sparsity"][-1], abs=1e-3)
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("first", [True, False])
 def test_weights_assigned_during_training_are_masked(first, tmp_path):
     """Dense weights that a callback assigns are masked before validation and before saving."""
@@ -203,7 +203,7 @@ def test_weights_assigned_during_training_are_masked(first, tmp_path):
         assert keras_dst.report(loaded).sparsity == pytest.approx(logged, abs=1e-3)
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("swap_on_epoch", [True, False])
 @pytest.mark.parametrize("first", [True, pytest.param(False, marks=once)])
 def test_moving_averages_have_the_sparsity_of_the_weights(swap_on_epoch, first, tmp_path):
@@ -224,7 +224,7 @@ def test_moving_averages_have_the_sparsity_of_the_weights(swap_on_epoch, first, 
     check_agreement(model, history, sparse_training, 0.8)
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("name", ["magnitude", "dst"])
 def test_moving_averages_that_overwrite_the_weights_are_masked(name):
     method = METHODS[name]

@@ -13,7 +13,7 @@ from keras_dst.schedules import Constant, Cubic
 from tests import models
 from tests.backends import every
 
-pytestmark = every(32)
+pytestmark = every(64)
 
 x, y = models.data(size=128)
 

@@ -13,7 +13,7 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.schedules import Constant, Cubic
 from tests.backends import every
 
-pytestmark = every(24)
+pytestmark = every(48)
 
 X = np.random.default_rng(0).standard_normal((32, 8, 8, 3)).astype("float32")
 Y = np.arange(32) % 5
@@ -113,7 +113,7 @@ def test_coupled_channels_are_ranked_by_summed_scores():
         assert not any(array(v)[~alive].any() for v in followers), name
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("name", RANKING)
 def test_every_ranking_method_prunes_coupled_channels(name):
     model = fit(compiled(RANKING[name]), callback := SparseTraining())
@@ -150,7 +150,7 @@ def test_st3_soft_thresholds_the_channels_of_a_group():
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_a_custom_loop_gives_the_channel_masks_of_fit(allocation):
     def method():
@@ -237,7 +237,7 @@ def test_heads_and_residual_channels_of_a_transformer_are_pruned():
     np.testing.assert_allclose(array(model(tokens)), array(small(tokens)), atol=1e-5)
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("counted_in", ["channels", "parameters", "flops"])
 def test_the_target_is_met_in_channels_parameters_and_flops(counted_in):
     method = methods.Magnitude(
@@ -340,7 +340,7 @@ def test_dst_removes_a_channel_that_all_layers_of_a_group_have_pruned(granularit
     )
 
 
-@every(8)
+@every(16)
 def test_dst_meets_a_target_in_flops():
     method = methods.DST(0.5, pattern="channel", counted_in="flops")
     model = fit(compiled(method, residual(32)), callback := SparseTraining(), epochs=4)

@@ -11,7 +11,7 @@ from tests import stop_worker
 from tests.backends import every, once
 from tests.stop_worker import ALL_METHODS, x, y
 
-pytestmark = every(16)
+pytestmark = every(32)
 
 
 class Logged(keras.callbacks.Callback):
@@ -33,7 +33,7 @@ class Logged(keras.callbacks.Callback):
         assert logs["sparsity"] - 0.01 <= found <= logs["sparsity"] + 0.1
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize(
     ("name", "ending", "save_freq"),
     [
@@ -125,7 +125,7 @@ class TestGateErrors:
         callbacks = [SparseTraining(**arguments)]
         model.fit(x, y, validation_data=(x, y), verbose=0, callbacks=callbacks)
 
-    @every(8)
+    @every(16)
     @pytest.mark.parametrize("gate", ["f1", "val_f1"])
     def test_an_unknown_metric_raises(self, gate):
         with pytest.raises(ValueError, match=r"not among the metrics\. Expected one of: accuracy"):
@@ -152,7 +152,7 @@ class TestGateErrors:
             model.fit(x, y, verbose=0, callbacks=[SparseTraining(metric_at_target="val_loss")])
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("ending", ["keras", "weights.h5"])
 def test_an_interrupted_save_keeps_the_previous_file(ending, tmp_path, monkeypatch):
     path = tmp_path / f"model.{ending}"
@@ -188,7 +188,7 @@ def test_an_interrupted_save_keeps_the_previous_file(ending, tmp_path, monkeypat
     assert int(resumed.optimizer.iterations) == 2 * stop_worker.STEPS
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("name", ["dst-target", "magnitude"])
 def test_a_model_can_be_saved_after_an_interrupted_fit(name, tmp_path):
     """After an interrupted `fit`, the model can be saved. Another `fit` without the callback raises

@@ -19,7 +19,7 @@ from tests.backends import every, on_tensorflow, once
 from tests.export.graphs import fully_connected, sparse_values
 from tests.pages import ROOT
 
-pytestmark = every(32)
+pytestmark = every(64)
 
 BACKENDS_AND_PACKAGE = {"keras", "numpy", "tensorflow", "jax", "torch", "keras_dst"}
 

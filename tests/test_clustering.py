@@ -10,7 +10,7 @@ from keras_dst.clustering import k_means
 from tests import models
 from tests.backends import every, once
 
-pytestmark = every(8)
+pytestmark = every(16)
 
 
 def dense(kernel):

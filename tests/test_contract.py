@@ -140,7 +140,7 @@ def test_config_round_trip(method):
     assert repr(copy) == repr(method)
 
 
-@every(8)
+@every(16)
 def test_target_log_second_fit_and_strip(method):
     model = build(method[0])
     history = fit(model)
@@ -163,7 +163,7 @@ def test_target_log_second_fit_and_strip(method):
     assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
 
 
-@every(32)
+@every(64)
 @pytest.mark.parametrize("name", ["set", *KINDS, *OWN])
 def test_saved_and_resumed_equals_uninterrupted(name, tmp_path):
     method = METHODS[name]
@@ -192,7 +192,7 @@ class StopAfter(keras.callbacks.Callback):
         self.model.stop_training = epoch == self.epoch
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("name", ["dst-target", "consensus", "magnitude"])
 def test_a_schedule_that_spans_two_fits(name):
     method = METHODS[name]
@@ -218,7 +218,7 @@ class Memory(keras.layers.Layer):
         return h, [h]
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("name", ["dst-target", "dcil", "optg"])
 def test_masks_of_recurrent_layers(name):
     keras.utils.set_random_seed(0)
@@ -231,7 +231,7 @@ def test_masks_of_recurrent_layers(name):
     check_target(model, METHODS[name])
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_training_in_mixed_precision(one_of_each, policy):
     if QUICK and policy == "mixed_bfloat16" and one_of_each[0] not in ONE_OF_A_FAMILY:
@@ -265,7 +265,7 @@ INNER = {
 }
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("inner", ["all"] if COMPILES else INNER)
 def test_training_with_every_inner_optimizer(one_of_each, inner):
     if inner != "all" and QUICK and one_of_each[0] not in ONE_OF_A_FAMILY:
@@ -311,7 +311,7 @@ COMPILE_ARGUMENTS = {
 }[keras.backend.backend()]
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("compile_arguments", COMPILE_ARGUMENTS, ids=str)
 def test_training_with_every_compile_option(one_of_each, compile_arguments):
     model = build(one_of_each[0], **compile_arguments)
@@ -319,7 +319,7 @@ def test_training_with_every_compile_option(one_of_each, compile_arguments):
     check_target(model, one_of_each)
 
 
-@every(16)
+@every(32)
 def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     if QUICK and not COMPILES and one_of_each[0] not in ONE_OF_A_FAMILY:
         pytest.skip("PyTorch compiles no training step, so two methods are enough")
@@ -357,7 +357,7 @@ EXTREME = [
 ]
 
 
-@every(12)
+@every(24)
 @pytest.mark.parametrize("method", EXTREME, ids=lambda method: type(method).__name__)
 def test_an_extreme_target_keeps_a_weight_of_every_layer(method):
     model = build(method)
@@ -410,7 +410,7 @@ def largest_dense_weight():
     return max(np.abs(w.numpy()).max() for w in train_shortcut().trainable_weights)
 
 
-@every(12)
+@every(24)
 @pytest.mark.parametrize("method", HIGH_RATES, ids=str)
 def test_no_layer_collapses_in_a_short_training_at_a_high_rate(method):
     model = train_shortcut(method)

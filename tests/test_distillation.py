@@ -8,7 +8,7 @@ import keras_dst
 from keras_dst import methods
 from tests.backends import every
 
-pytestmark = every(8)
+pytestmark = every(16)
 
 distillation = pytest.importorskip("keras.distillation")
 
@@ -22,7 +22,7 @@ def network(units):
     )
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize(
     "method", [methods.Magnitude(0.8), methods.OptG(0.8), methods.DST(0.8)], ids=repr
 )

@@ -12,7 +12,7 @@ from keras_dst.methods import DCIL, Magnitude
 from tests import models
 from tests.backends import every
 
-pytestmark = every(16)
+pytestmark = every(32)
 
 PATCHED = ("save", "save_weights", "evaluate", "compute_loss")
 x, y = models.data(size=32)
@@ -71,7 +71,7 @@ def model(request):
     return sparse(request.param)
 
 
-@every(20)
+@every(40)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize(
     ("hook", "epoch"),

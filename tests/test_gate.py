@@ -16,7 +16,7 @@ from tests.gradients import gradients
 # The training runs in this file are too short to reach the target, so `fit` warns.
 # test_callbacks.py tests the warning.
 pytestmark = [
-    every(16),
+    every(32),
     pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning"),
 ]
 
@@ -136,7 +136,7 @@ def test_a_gating_module_trains_with_a_partial_last_batch():
     assert np.isfinite(history.history["loss"]).all()
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize(
     ("structure", "dependent"),
     [
@@ -265,7 +265,7 @@ def test_resumed_training_equals_an_uninterrupted_run(tmp_path):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_training_in_mixed_precision(policy):
     before = keras.config.dtype_policy()

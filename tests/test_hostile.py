@@ -22,7 +22,7 @@ from tests import stop_worker
 from tests.backends import every, once
 from tests.stop_worker import ALL_METHODS, x, y
 
-pytestmark = every(24)
+pytestmark = every(48)
 
 # JAX compiles every operation for every shape, so fewer examples are tested on JAX.
 EXAMPLES = 4 if keras.backend.backend() == "jax" else 25
@@ -164,7 +164,7 @@ def kept_weights(model):
 
 @pytest.mark.parametrize("name", KINDS)
 class TestTraining:
-    @every(24)
+    @every(48)
     def test_nan_keeps_the_masks_valid(self, name):
         """After a NaN loss, masks still have the target sparsity, and every layer keeps a
         weight."""
@@ -186,7 +186,7 @@ class TestTraining:
             assert 1 - sum(kept) / 128 == pytest.approx(0.8, abs=0.01)
         assert np.isfinite(history["sparsity"]).all()
 
-    @every(16)
+    @every(32)
     def test_training_with_constant_gradients_and_equal_weights(self, name):
         method = KINDS[name]
         model = net(method)
@@ -199,13 +199,13 @@ class TestTraining:
         if not method.learned:
             assert 1 - sum(kept) / 128 == pytest.approx(0.8, abs=0.01)
 
-    @every(24)
+    @every(48)
     def test_training_of_layers_with_one_weight(self, name):
         model = net(KINDS[name], units=(1, 1, 1), inputs=1)
         fit(model, x[:, :1], y, epochs=2, callbacks=[SparseTraining()])
         assert min(kept_weights(model)) >= 1
 
-    @every(16)
+    @every(32)
     def test_training_with_one_batch_or_one_row(self, name):
         for rows in (len(x), 1):
             model = net(KINDS[name])
@@ -213,7 +213,7 @@ class TestTraining:
             target = 0.7 if KINDS[name].learned else 0.8
             assert history["sparsity"][-1] == pytest.approx(target, abs=0.02)
 
-    @every(16)
+    @every(32)
     def test_a_second_fit_with_another_sparsity(self, name):
         method = KINDS[name]
         other = type(method)(**{**method.get_config(), "sparsity": 0.5})

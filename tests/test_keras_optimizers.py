@@ -319,7 +319,7 @@ def network():
 x = np.random.default_rng(0).standard_normal((32, 4)).astype("float32")
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("make", [around, inside])
 def test_state_of_several_optimizers_after_loading(make, tmp_path):
     assert multi_optimizer.MultiOptimizer is keras.optimizers.MultiOptimizer
@@ -340,7 +340,7 @@ def test_state_of_several_optimizers_after_loading(make, tmp_path):
     assert_same(model.get_weights(), loaded.get_weights())
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("method", [METHOD, FlipOut(0.5), RigL(0.5)])
 def test_the_callback_finds_a_sparse_optimizer_in_a_multi_optimizer(method):
     from keras_dst.callbacks import SparseTraining

@@ -418,7 +418,7 @@ TOP_K = [
 ]
 
 
-@every(12)
+@every(24)
 @pytest.mark.parametrize(
     ("scores", "kept", "expected"),
     [pytest.param(*case, id=what) for what, *case in TOP_K],
@@ -427,7 +427,7 @@ def test_top_k(scores, kept, expected):
     assert_equal(top_k(scores, kept), [np.array(mask, bool) for mask in expected])
 
 
-@every(12)
+@every(24)
 @pytest.mark.skipif(COMPILES, reason="the test changes the search, which must not be compiled")
 @pytest.mark.parametrize(
     ("scores", "kept", "expected"),
@@ -626,7 +626,7 @@ def compiled(scores, sizes=None, first=None):
     ]
 
 
-@every(12)
+@every(24)
 @pytest.mark.parametrize("first", [[0, 0, 0, 0], [1, 1, 1, 1], [3, 1, 2, 5]], ids=str)
 @pytest.mark.parametrize("grouped", [False, True], ids=["weights", "groups"])
 def test_top_k_of_several_rows_bundles_and_slabs(small_rows, grouped, first):
@@ -641,7 +641,7 @@ def test_top_k_of_several_rows_bundles_and_slabs(small_rows, grouped, first):
         assert_equal(found(kept), reference_top_k(raised, kept, sizes if grouped else None))
 
 
-@every(12)
+@every(24)
 def test_top_k_of_each_tensor_in_several_rows_bundles_and_slabs(small_rows):
     scores, sizes = small_rows
     counts = [11, 0, 2, 36]

@@ -14,7 +14,7 @@ from keras_dst.schedules import Constant, Cubic
 from tests.backends import every
 from tests.test_channels import X, array, compiled, continued_after_loading, fit, units
 
-pytestmark = every(12)
+pytestmark = every(24)
 
 GROUPS = [["stem", "stem_norm", "project"], ["expand", ("depthwise", -2)]]
 

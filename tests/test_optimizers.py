@@ -17,7 +17,7 @@ from keras_dst.schedules import Constant, Cubic, Geometric
 from tests import models, reference
 from tests.backends import every, slow
 
-pytestmark = every(16)
+pytestmark = every(32)
 
 x, y = models.data(size=128)
 STEPS = Cubic(0.8, begin_step=2, end_step=14)
@@ -111,7 +111,7 @@ CLOCKS = {
 }
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("name", CLOCKS)
 def test_a_custom_loop_gives_the_masks_and_weights_of_fit(name):
     """After 20 steps, the masks of both training loops are bit-equal.
@@ -227,7 +227,7 @@ def test_measured_sparsity_of_sparse_layers():
     assert 0.05 < expected == pytest.approx(driver.measured_sparsity(), abs=1e-6)
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("inner", ["sgd", "adam", "rmsprop", "adamw"])
 def test_zero_sparsity_equals_the_inner_optimizer(inner):
     def weights(wrap):
@@ -264,7 +264,7 @@ def test_config_round_trip():
     assert copy.method == optimizer.method
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("kind", models.MODELS)
 def test_training_of_every_kind_of_model(kind):
     """Kernels of all layers are pruned, including embeddings, whose gradients are sparse."""

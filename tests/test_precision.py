@@ -15,7 +15,7 @@ from keras_dst.methods import LayerMethod
 from tests import models
 from tests.backends import LONG, every
 
-pytestmark = every(8)
+pytestmark = every(16)
 
 METHODS = {
     "dst": methods.DST(),
@@ -93,13 +93,13 @@ def check_training(method, first=None, second=None):
     np.testing.assert_array_equal(model.predict(x, verbose=0), predicted)
 
 
-@every(12)
+@every(24)
 @pytest.mark.usefixtures("float64")
 def test_float64_as_default_dtype(method):
     check_training(method)
 
 
-@every(12)
+@every(24)
 @pytest.mark.parametrize(("name", "types"), PAIRS)
 def test_layers_of_two_dtypes_in_one_model(name, types):
     check_training(METHODS[name], *types)
@@ -108,7 +108,7 @@ def test_layers_of_two_dtypes_in_one_model(name, types):
 RANKED = [name for name in METHODS if not name.startswith(("dst", "consensus"))]
 
 
-@every(32)
+@every(64)
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", RANKED)
 def test_masks_equal_those_of_float32(name, dtype):

@@ -14,7 +14,7 @@ from keras_dst.allocation import densities, equal_drop
 from keras_dst.methods import DCIL, DST, Magnitude
 from tests.backends import COMPILES, every, once
 
-pytestmark = every(32)
+pytestmark = every(64)
 
 GRID = (0.5, 0.75)
 

@@ -20,7 +20,7 @@ from keras_dst.methods import DST, Consensus, Magnitude
 from tests import models
 from tests.backends import every, once
 
-pytestmark = every(32)
+pytestmark = every(64)
 
 # Test fewer examples on JAX, which compiles every op of a random network, and on TensorFlow, which
 # traces every op.
@@ -702,7 +702,7 @@ def assert_smaller(model, x, layer="hidden"):
     return small
 
 
-@every(12)
+@every(24)
 @pytest.mark.parametrize("kind", STATEFUL_LAYERS)
 def test_shrink_keeps_the_whole_state_of_other_layers(kind):
     model = with_layer(STATEFUL_LAYERS[kind]())
@@ -840,7 +840,7 @@ READERS = {
 }
 
 
-@every(12)
+@every(24)
 @pytest.mark.filterwarnings("ignore:.*destroy the mask information")
 @pytest.mark.parametrize("reader", READERS)
 def test_shrink_with_masks_of_an_embedding(reader):
@@ -1088,7 +1088,7 @@ def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, se
 
 # The network has so few channels that its sparsity may differ from the target by a few percent. DST
 # warns that the sparsity differs from the target.
-@every(8)
+@every(16)
 @pytest.mark.filterwarnings("ignore:DST")
 @pytest.mark.parametrize("method", [Magnitude, DST], ids=lambda method: method.__name__)
 def test_shrink_a_trained_residual_network(method):

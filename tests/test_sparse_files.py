@@ -10,7 +10,7 @@ import keras_dst
 from keras_dst.methods import DCIL, DST, Magnitude
 from tests.backends import every, once
 
-pytestmark = every(8)
+pytestmark = every(16)
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((32, 64)).astype("float32")
@@ -74,7 +74,7 @@ def test_sparse_files_are_small_with_exact_weights(path):
     assert path.stat().st_size < (0.1 + 1 / 32) * kernels + others + 6000
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("method", [DST(0.9), DCIL(0.9), Magnitude(0.9)], ids=repr)
 def test_a_loaded_sparse_model_predicts_equally_and_continues_training(method, path):
     model = network()

@@ -155,7 +155,7 @@ def test_only_unfinished_backup_files_are_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("name", ["dst-target", "flipout"])
 def test_resuming_from_a_final_backup_trains_no_further(name, tmp_path):
     """If a process was killed after its last backup, resuming does not train the model again."""

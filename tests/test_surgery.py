@@ -20,7 +20,7 @@ from keras_dst.surgery import has_kernel, has_sparse_layers
 from tests import models
 from tests.backends import every, once
 
-pytestmark = every(32)
+pytestmark = every(64)
 
 x, y = models.data()
 
@@ -47,7 +47,7 @@ def prune_somewhat(model):
             state["threshold"].assign(np.full(state["threshold"].shape, middle))
 
 
-@every(32)
+@every(64)
 @pytest.mark.parametrize("method", [DST, ST3, OptG, DCIL, Consensus, Magnitude, FlipOut, RigL])
 def test_pruned_weights_become_positive_zeros(method):
     """No pruned weight is -0.0, because a file with both 0.0 and -0.0 would compress badly."""
@@ -63,7 +63,7 @@ def test_pruned_weights_become_positive_zeros(method):
     assert not np.signbit(values[values == 0]).any()
 
 
-@every(24)
+@every(48)
 def test_a_mask_of_ones_changes_nothing(model):
     before = models.predict(model, x)
     report = keras_dst.sparsify(model, DST())
@@ -71,7 +71,7 @@ def test_a_mask_of_ones_changes_nothing(model):
     np.testing.assert_array_equal(models.predict(model, x), before)
 
 
-@every(24)
+@every(48)
 def test_strip_preserves_predictions_and_stock_classes(model):
     classes = [type(layer) for layer in model._flatten_layers()]
     names = [v.path for v in model.variables]
@@ -89,7 +89,7 @@ def test_strip_preserves_predictions_and_stock_classes(model):
             assert 0.3 < zeros < 0.7
 
 
-@every(32)
+@every(64)
 def test_a_stripped_model_can_be_made_sparse_again_and_trains_all_weights(model):
     keras_dst.sparsify(model, DST())
     keras_dst.strip(model)
@@ -101,7 +101,7 @@ def test_a_stripped_model_can_be_made_sparse_again_and_trains_all_weights(model)
         assert np.any(variable.numpy() != old), f"{variable.path} did not move"
 
 
-@every(24)
+@every(48)
 def test_keras_file_round_trip(model, tmp_path):
     keras_dst.sparsify(model, DST(sparsity=0.5))
     prune_somewhat(model)
@@ -145,7 +145,7 @@ def test_dense_weights_load_from_files_with_attribute_names(tmp_path):
     np.testing.assert_array_equal(layer.bias.numpy(), np.ones(4))
 
 
-@every(24)
+@every(48)
 def test_a_weights_file_of_the_dense_model_loads_into_the_sparse_model(model, tmp_path):
     """Keras names a layer in a weights file by its class and a number, such as `dense_1`.
 
@@ -177,7 +177,7 @@ LEARNED = {
 }
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_legacy_file_of_the_dense_model_loads_into_the_sparse_model(name, tmp_path):
     """A legacy `.h5` file stores the weights of a layer in a fixed order, without their names."""
@@ -477,7 +477,7 @@ def zeros_of(model):
     return {v.path: np.mean(v.numpy() == 0) for v in model.trainable_variables if len(v.shape) > 1}
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("fitted", [False, True], ids=["compiled", "fitted"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scaling"])
 def test_sparsify_wraps_the_optimizer_and_keeps_its_state(fitted, scaled, tmp_path):
@@ -593,7 +593,7 @@ def frozen_model(how):
     return keras.Sequential([keras.Input((16,)), base, *head])
 
 
-@every(24)
+@every(48)
 @pytest.mark.parametrize("how", ["argument", "attribute", "layers", "weights"])
 @pytest.mark.parametrize("method", [OptG(0.8), Magnitude(0.8)], ids=["OptG", "Magnitude"])
 def test_frozen_layers_are_skipped(method, how):
@@ -611,7 +611,7 @@ def test_frozen_layers_are_skipped(method, how):
             np.testing.assert_array_equal(variable.numpy(), old)
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("method", [OptG(0.8), DST(0.8), DCIL(0.8, warmup=1.0), Magnitude(0.8)])
 @pytest.mark.filterwarnings("ignore:.*training had reached sparsity:UserWarning")
 def test_a_layer_frozen_after_sparsify_keeps_its_mask(method):
@@ -633,7 +633,7 @@ def test_a_layer_frozen_after_sparsify_keeps_its_mask(method):
 @pytest.mark.skipif(
     keras.backend.backend() == "jax", reason="Keras builds an optimizer for a fixed set of layers"
 )
-@every(16)
+@every(32)
 @pytest.mark.parametrize(("name", "with_callback"), [("Magnitude", False), ("RigL", True)])
 def test_a_layer_that_is_frozen_between_two_fits_keeps_its_mask(name, with_callback):
     schedule = Cubic(0.8, begin_step=0, end_step=12)
@@ -691,7 +691,7 @@ def optimizers():
     return found
 
 
-@every(24)
+@every(48)
 @pytest.mark.parametrize("name", optimizers())
 def test_sparsify_keeps_the_optimizer_object_and_its_state(name):
     model = models.compiled(models.residual(), optimizers()[name])
@@ -719,7 +719,7 @@ def test_sparsify_keeps_the_optimizer_object_and_its_state(name):
     assert max(int(v.numpy()) for v in counters) == 12
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("name", optimizers())
 def test_sparsify_and_strip_do_not_change_optimizer_state(name):
     model = models.compiled(models.residual(), optimizers()[name])
@@ -732,7 +732,7 @@ def test_sparsify_and_strip_do_not_change_optimizer_state(name):
         np.testing.assert_array_equal(variable.numpy(), value, err_msg=variable.path)
 
 
-@every(16)
+@every(32)
 @pytest.mark.parametrize("by", ["name", "variable"])
 @pytest.mark.parametrize("fitted", [False, True], ids=["compiled", "fitted"])
 def test_exclusions_from_weight_decay_are_kept(by, fitted):
@@ -818,7 +818,7 @@ def test_tensorflow_checkpoints_contain_the_optimizer_state(tmp_path):
         np.testing.assert_array_equal(b.numpy(), a.numpy(), err_msg=a.path)
 
 
-@every(16)
+@every(32)
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 @pytest.mark.filterwarnings("ignore:The `native_serialization` parameter:DeprecationWarning")
 @pytest.mark.parametrize("name", ["DST", "DCIL", "OptG", "Gate"])

@@ -13,7 +13,7 @@ from keras_dst.methods import DST, Consensus, FlipOut, Magnitude, OptG, RigL
 from tests import models
 from tests.backends import every, once
 
-pytestmark = every(8)
+pytestmark = every(16)
 
 
 class Note(keras.callbacks.Callback):

@@ -17,7 +17,7 @@ from keras_dst.tfmot.masks import block_mask, magnitude_mask
 from tests import models
 from tests.backends import every, once
 
-pytestmark = every(12)
+pytestmark = every(24)
 
 BATCH, STEPS = 8, 12
 GAP = 1e-4
@@ -416,7 +416,7 @@ UNBUILT = {
 }
 
 
-@every(20)
+@every(40)
 @pytest.mark.parametrize("name", UNBUILT)
 def test_unbuilt_layers_are_pruned_when_they_are_built(name, tmp_path):
     make, expected = UNBUILT[name]

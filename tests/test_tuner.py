@@ -21,7 +21,7 @@ from tests.pages import blocks
 # When the weights are loaded into an untrained model, Keras skips the optimizer variables and
 # warns.
 pytestmark = [
-    every(8),
+    every(16),
     pytest.mark.filterwarnings("ignore:currentThread|getName:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning"),
 ]
@@ -71,7 +71,7 @@ def trials(tuner):
     return sorted(tuner.oracle.trials.values(), key=lambda trial: trial.trial_id)
 
 
-@every(8)
+@every(16)
 def test_trials_reach_their_targets(data, tmp_path):
     tuner = search(tmp_path, SparseHyperModel(magnitude_model))
     tuner.search(**data, epochs=2, verbose=0)
@@ -98,7 +98,7 @@ def test_trials_reach_their_targets(data, tmp_path):
     assert trials(second)[0].score == trials(tuner)[0].score
 
 
-@every(8)
+@every(16)
 def test_search_by_accuracy_and_sparsity(data, tmp_path):
     def score(results):
         return results["final_val_accuracy"] + results["final_sparsity"]

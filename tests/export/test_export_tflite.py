@@ -26,7 +26,7 @@ from tests.backends import every, on_tensorflow
 from .graphs import AUTO, BUILTIN, fully_connected, sparse_values
 from .graphs import ops as ops_of
 
-pytestmark = every(16)
+pytestmark = every(32)
 
 #: Latencies are not measured, because they take time and depend on the machine.
 export_tflite = functools.partial(keras_dst.export_tflite, measure=False)

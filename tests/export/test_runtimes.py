@@ -143,7 +143,7 @@ def zeros_in(path):
     return sum(int((c == 0).sum()) for c in constants if c.ndim > 1 and c.dtype == np.float32)
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("method", [DST(0.8), DCIL(0.8, warmup=1.0)], ids=repr)
 def test_a_model_that_is_still_sparse_runs(run, method):
     assert_runs(run, sparse(method))

@@ -10,7 +10,7 @@ from keras_dst.methods import Magnitude
 from keras_dst.methods.channels import ChannelGroups, Channels, alive, channel_scores
 from tests.backends import every
 
-pytestmark = every(12)
+pytestmark = every(24)
 
 # The model adds the outputs of a stem (3 -> 4 channels) and a branch (4 -> 2 -> 4 channels). The
 # head of the model (4 inputs, 5 outputs) is not pruned. The first group of coupled channels

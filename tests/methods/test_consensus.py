@@ -17,7 +17,7 @@ from tests import models, reference
 from tests.backends import every
 from tests.gradients import gradients
 
-pytestmark = every(24)
+pytestmark = every(48)
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))
@@ -193,7 +193,7 @@ def conv_net():
     )
 
 
-@every(8)
+@every(16)
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 @pytest.mark.parametrize("cost", ["flops", "parameters"])
 def test_the_target_is_the_cost_of_the_shrunk_model(cost):
@@ -268,7 +268,7 @@ def test_unknown_flops_raise():
         model.fit(*models.data(), verbose=0, callbacks=[SparseTraining()])
 
 
-@every(8)
+@every(16)
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 @pytest.mark.parametrize("inner", [
     lambda: keras.optimizers.SGD(0.05, momentum=0.9),
@@ -361,7 +361,7 @@ def test_the_target_is_met_in_the_last_quarter_of_training(round_to):
     assert all(n % round_to == 0 for n in found[7])
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize(("sparsity", "min_kept"), [(0.98, None), (0.99, None), (0.98, 8)])
 def test_every_layer_of_a_residual_network_keeps_its_minimum(sparsity, min_kept):
     keras.utils.set_random_seed(0)

@@ -15,7 +15,7 @@ from tests import models, reference
 from tests.backends import every
 from tests.gradients import gradients
 
-pytestmark = every(24)
+pytestmark = every(48)
 
 RNG = np.random.default_rng(0)
 START = RNG.bit_generator.state
@@ -409,7 +409,7 @@ class Watch(keras.callbacks.Callback):
         self.coupled.append(float(state["coupled"].numpy()))
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("warmup", [0.0, 0.4])
 def test_divergence_starts_after_the_warm_up(warmup):
     x, y = random(40, 5), RNG.integers(0, 3, 40)
@@ -422,7 +422,7 @@ def test_divergence_starts_after_the_warm_up(warmup):
 
 
 # Exclude the recurrent model: XLA takes minutes to compile the two paths of this model.
-@every(16)
+@every(32)
 @pytest.mark.parametrize("kind", [kind for kind in models.MODELS if kind != "recurrent"])
 def test_training_of_every_kind_of_model(kind, tmp_path):
     x, y = models.data(size=32)

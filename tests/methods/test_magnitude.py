@@ -14,7 +14,7 @@ from keras_dst.methods import Magnitude
 from keras_dst.schedules import Constant, Cubic, Sigmoid
 from tests.backends import every
 
-pytestmark = every(24)
+pytestmark = every(48)
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 
@@ -244,7 +244,7 @@ RESNET_20 = [
 ]
 
 
-@every(12)
+@every(24)
 @pytest.mark.parametrize("sparsity", [0.98, 0.99, 0.999])
 def test_global_ranking_keeps_the_minimum_of_every_layer(sparsity):
     # Every second layer has very small weights. With `min_kept=1`, a global ranking would keep only
@@ -263,7 +263,7 @@ def test_global_ranking_keeps_the_minimum_of_every_layer(sparsity):
     assert {int(mask.sum()) for mask in plain[1::2]} == {1}
 
 
-@every(12)
+@every(24)
 @pytest.mark.parametrize("pattern", ["1x4", "4x1", "4x4"])
 def test_global_ranking_of_blocks_meets_the_target(pattern):
     shapes = [(32, 32), (64, 64), (64, 12)]

@@ -14,7 +14,7 @@ from tests import models
 from tests.backends import every
 from tests.gradients import gradients
 
-pytestmark = every(24)
+pytestmark = every(48)
 
 x, y = models.data(size=128)
 

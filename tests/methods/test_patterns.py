@@ -10,7 +10,7 @@ from keras_dst import methods
 from keras_dst.masks import KERNEL, Layout
 from tests.backends import every
 
-pytestmark = every(12)
+pytestmark = every(24)
 
 CLASSES = [
     methods.DCIL,
@@ -59,7 +59,7 @@ def check_pattern(pattern, mask):
         assert set(columns) <= {0, math.prod(window) * inputs}
 
 
-@every(28)
+@every(56)
 @pytest.mark.parametrize("allocation", ALLOCATIONS, ids=str)
 @pytest.mark.parametrize("pattern", ["unstructured", "1x4", "2:4", "channel"])
 @pytest.mark.parametrize("cls", CLASSES)

@@ -18,7 +18,7 @@ from tests import models
 from tests.backends import every
 from tests.test_optimizers import train_step
 
-pytestmark = every(24)
+pytestmark = every(48)
 
 both = pytest.mark.parametrize("cls", [SET, RigL])
 x, y = models.data(size=128)
@@ -51,7 +51,7 @@ def problem(seed=0, kept=60):
     return w * mask, mask, rng.standard_normal(w.shape).astype("float32")
 
 
-@every(12)
+@every(24)
 @both
 @pytest.mark.parametrize("progress", [0.1, 0.4, 0.75, 0.9])
 def test_the_dropped_fraction_follows_a_cosine(cls, progress):
@@ -92,7 +92,7 @@ def test_the_first_mask_is_random_and_grows_no_weight(cls):
     assert abs(np.corrcoef(often.ravel(), abs(w).ravel())[0, 1]) < 0.25
 
 
-@every(12)
+@every(24)
 @both
 @pytest.mark.parametrize(("pattern", "group"), [("1x4", 4), ("channel", 20)])
 def test_blocks_and_channels(cls, pattern, group):
@@ -126,7 +126,7 @@ def test_densities(allocation, sparsity, expected):
     assert counts.tolist() == expected
 
 
-@every(8)
+@every(16)
 @both
 def test_grown_weights_and_their_slots_start_at_zero(cls):
     keras.utils.set_random_seed(0)

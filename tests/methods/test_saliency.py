@@ -10,7 +10,7 @@ from keras_dst.methods import Magnitude, saliency
 from keras_dst.schedules import Constant, Cubic
 from tests.backends import every
 
-pytestmark = every(8)
+pytestmark = every(16)
 
 
 def array(tensor):
@@ -44,7 +44,7 @@ def test_taylor_is_a_moving_average_of_squared_products():
     np.testing.assert_allclose(array(average), [0.19 * 9, 0.19 * 4], rtol=1e-6)
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("score", ["lamp", "taylor"])
 @pytest.mark.parametrize("revival", [False, True])
 def test_a_fit_meets_the_target(score, revival):
