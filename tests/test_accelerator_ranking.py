@@ -22,7 +22,7 @@ from keras_dst._backend.jit import _shared, jit
 from keras_dst._training.drivers import drivers_of
 from keras_dst.methods.base import ScheduleState
 from tests import test_contract, test_masks
-from tests.backends import every
+from tests.backends import every, slow
 from tests.test_masks import (  # noqa: F401
     small_rows,
     test_kth_is_exceeded_by_exactly_k_scores,
@@ -425,7 +425,7 @@ def train_small_model(name, policy):
 
 @every(48)
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=slow)])
 @pytest.mark.parametrize("name", ["magnitude", "set", *test_contract.KINDS])
 def test_mixed_precision_gives_the_same_sparsity(name, policy):
     kept, removed = train_small_model(name, policy)

@@ -8,7 +8,7 @@ import keras_dst
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DCIL, DST, LayerMethod
 from tests import stop_worker
-from tests.backends import every, once
+from tests.backends import every, once, slow
 from tests.stop_worker import ALL_METHODS, x, y
 
 pytestmark = every(32)
@@ -39,8 +39,8 @@ class Logged(keras.callbacks.Callback):
     [
         ("dst-target", "keras", "epoch"),
         ("rigl", "weights.h5", 9),
-        pytest.param("dst-target", "weights.h5", 9, marks=once),
-        pytest.param("rigl", "keras", "epoch", marks=once),
+        pytest.param("dst-target", "weights.h5", 9, marks=slow),
+        pytest.param("rigl", "keras", "epoch", marks=slow),
     ],
 )
 def test_every_checkpoint_has_the_logged_sparsity(name, ending, save_freq, tmp_path):
@@ -73,7 +73,7 @@ def test_every_checkpoint_has_the_logged_sparsity(name, ending, save_freq, tmp_p
     ("monitor", "first"),
     [
         ("val_loss", True),
-        pytest.param("val_accuracy", False, marks=once),
+        pytest.param("val_accuracy", False, marks=slow),
         pytest.param("loss", True, marks=once),
     ],
 )

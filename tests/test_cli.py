@@ -403,14 +403,3 @@ def test_every_command_has_a_function():
     (commands,) = (a for a in cli._parser()._actions if isinstance(a.choices, dict))
     for name in commands.choices:
         assert callable(getattr(keras_dst.cli, name))
-
-
-@once
-def test_importing_loads_only_keras_and_numpy():
-    code = (
-        "import sys, keras; before = set(sys.modules); import keras_dst; "
-        "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    third_party = set(out.stdout.split()) - set(sys.stdlib_module_names)
-    assert third_party == {"keras_dst"}

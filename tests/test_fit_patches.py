@@ -10,7 +10,7 @@ import keras_dst
 from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from keras_dst.methods import DCIL, Magnitude
 from tests import models
-from tests.backends import every
+from tests.backends import every, slow
 
 pytestmark = every(32)
 
@@ -72,7 +72,7 @@ def model(request):
 
 
 @every(40)
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(ValueError, marks=slow)])
 @pytest.mark.parametrize(
     ("hook", "epoch"),
     [

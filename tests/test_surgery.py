@@ -18,7 +18,7 @@ from keras_dst.optimizers import sparse_optimizers
 from keras_dst.schedules import Constant, Cubic
 from keras_dst.surgery import has_kernel, has_sparse_layers
 from tests import models
-from tests.backends import every, once
+from tests.backends import LONG, every, once
 
 pytestmark = every(64)
 
@@ -778,7 +778,7 @@ def sparse_models():
 
 
 @needs_tensorflow
-@pytest.mark.parametrize("name", ["DST", "DCIL", "OptG", "Gate"])
+@pytest.mark.parametrize("name", ["DST", "DCIL", "OptG", "Gate"] if LONG else ["DCIL", "Gate"])
 def test_tensorflow_checkpoints_contain_the_whole_state(name, tmp_path):
     import tensorflow as tf
 

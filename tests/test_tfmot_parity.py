@@ -17,10 +17,12 @@ import pytest
 
 from keras_dst import tfmot
 from tests import tfmot_worker
-from tests.tfmot_worker import BATCH, BATCHES, CASES, EPOCHS
+from tests.backends import short
+from tests.tfmot_worker import BATCH, BATCHES, EPOCHS
 
 ROOT = pathlib.Path(__file__).parent.parent
 GIVEN = os.environ.get("KERAS_DST_TFMOT_PYTHON")
+CASES = short(tfmot_worker.CASES, "every-step", "convolutions", "blocks-avg", "2-of-4")
 PYTHON = pathlib.Path(GIVEN or ROOT / ".venv-tfmot" / "bin" / "python")
 
 pytestmark = [
@@ -43,7 +45,7 @@ def records(tmp_path_factory):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
     environment.pop("KERAS_BACKEND", None)
     done = subprocess.run(
-        [PYTHON, tfmot_worker.__file__, folder],
+        [PYTHON, tfmot_worker.__file__, folder, *CASES],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,8 +1,8 @@
 """Train models with the original tfmot and tf_keras, for test_tfmot_parity.py.
 
-`python tests/tfmot_worker.py FOLDER` runs in an environment with tfmot, and writes two files for
-every test case. `CASE.npz` contains the initial weights, and the masks and weights of every step.
-`CASE.EXTENSION` contains the model after the first epoch.
+`python tests/tfmot_worker.py FOLDER CASE ...` runs in an environment with tfmot, and writes two
+files for every test case. `CASE.npz` contains the initial weights, and the masks and weights of
+every step. `CASE.EXTENSION` contains the model after the first epoch.
 """
 
 import os
@@ -136,5 +136,6 @@ def train(case, folder):
 
 if __name__ == "__main__":
     os.environ["TF_USE_LEGACY_KERAS"] = "1"
-    for each in CASES:
-        train(each, sys.argv[1])
+    folder, *cases = sys.argv[1:]
+    for each in cases:
+        train(each, folder)
