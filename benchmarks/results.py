@@ -126,6 +126,9 @@ def _cpu() -> str:
 
 
 def mean_std(values) -> str:
-    """Return the mean of the values as text, with the standard deviation of two or more values."""
+    """Return the mean of the values as text.
+
+    If there are two or more values, the text also contains their standard deviation.
+    """
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"

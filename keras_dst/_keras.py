@@ -365,8 +365,8 @@ def set_initial_epoch(model, epoch: int | None) -> None:
 def restore_jax_state(model, *step_arguments) -> None:
     """On JAX, restore the variables of a model from the state that a training step received.
 
-    On JAX, `fit` takes the values out of the variables. The training step receives these values in
-    its first argument.
+    On JAX, the variables have no values during `fit`. Instead, the training step receives the
+    values in its first argument.
     """
     if keras.backend.backend() == "jax":
         _require(model, "_jax_state")

@@ -361,7 +361,7 @@ class Pattern:
 
     @property
     def grouped(self) -> bool:
-        """Whether the pattern keeps or prunes several weights together."""
+        """Whether the pattern prunes groups of weights, such as blocks, and not single weights."""
         return self.name == "channel" or math.prod(self._block) > 1
 
     def block(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, ...]:

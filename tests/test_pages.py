@@ -97,7 +97,7 @@ def test_every_page_is_tested_on_a_backend():
         assert backends(page) <= {"tensorflow", "jax", "torch"} or page in TESTED_ELSEWHERE
 
 
-# -- checks of the results that pages state --------------------------------------------------------
+# -- checks of what the code of a page computes ------------------------------------------------
 
 
 def readme(names, out):

@@ -47,6 +47,21 @@ def prune_somewhat(model):
             state["threshold"].assign(np.full(state["threshold"].shape, middle))
 
 
+@once
+@pytest.mark.parametrize("method", [DST, DCIL, Magnitude])
+def test_sparsify_does_not_serialize_a_model(method, monkeypatch):
+    """Keras imports TensorFlow to serialize a model, and this import takes seconds."""
+    model = models.compiled(models.residual())
+
+    def serialized(*args):
+        pytest.fail("Expected no call of `get_config`.")
+
+    for cls in (type(model), keras.Sequential):
+        monkeypatch.setattr(cls, "get_config", serialized)
+    keras_dst.sparsify(model, method(0.5))
+    keras_dst.strip(model)
+
+
 @every(64)
 @pytest.mark.parametrize("method", [DST, ST3, OptG, DCIL, Consensus, Magnitude, FlipOut, RigL])
 def test_pruned_weights_become_positive_zeros(method):

@@ -174,7 +174,10 @@ def _outcome(found) -> str:
 
 
 def _code(error) -> str:
-    """Return an error message without its list of arguments, in backticks for a table cell."""
+    """Return an error message as code for a table cell.
+
+    The list of arguments at the end of the message is left out.
+    """
     message, _, _ = error.partition("\n\nArguments received")
     return f"`{' '.join(message.split()).replace('|', '/').replace('`', chr(39))}`"
 

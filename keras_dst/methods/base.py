@@ -275,8 +275,9 @@ class Method(Configurable):
     def rank(
         self, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tensor
     ) -> list[Tensor]:
-        """Return boolean masks that keep the weights with the highest scores in the method's
-        pattern.
+        """Return boolean masks that keep the weights with the highest scores.
+
+        With a pattern, the masks keep the blocks or channels with the highest scores.
 
         Args:
             scores: One saliency tensor per weight, with the shape of the weight.
