@@ -23,7 +23,7 @@ DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 # Parts of the test suite. Two parts run at a time. The longest parts start first, so that both
 # cores are busy until the end.
-PARTS := $(BACKENDS:%=test-%) test-notebooks test-xla test-once lint
+PARTS := test-torch test-tensorflow test-notebooks test-jax test-once test-xla lint
 FAILED := build/failed
 
 # Slow tests have the marker `slow`. Tests that need no backend have the marker `once`.
