@@ -1,6 +1,6 @@
 # The four main commands. Each one installs its requirements in .venv.
 #   make demo      train, strip, export and run a small network on real digits
-#   make check     linters, types and the tests that need no backend: under three minutes
+#   make check     linters, types and the fast tests that need no backend: under three minutes
 #   make test      all tests on three backends, notebooks and pages
 #   make test-all  all tests, including slow ones: many kills, every combination
 # Also: lint, test-BACKEND, test-once, test-xla, test-notebooks, test-wheel, test-versions,
@@ -99,7 +99,7 @@ test-once: $(TEST_READY)
 	$(passed)
 
 test-quick: $(TEST_READY)
-	KERAS_BACKEND=torch $(PYTEST) --ignore=tests/test_notebooks.py -m "once and not slow"
+	KERAS_BACKEND=torch $(PYTEST) --ignore=tests/test_notebooks.py -m "once and not heavy and not slow"
 
 # Test with the default optimization level of XLA, which users have. Most tests use level 0 instead,
 # which compiles fastest.

@@ -12,6 +12,9 @@ COMPILES = keras.backend.backend() != "torch"
 #: `make test` runs these tests once, in a separate job.
 once = pytest.mark.once
 
+#: Pytest mark of tests that take five seconds or more. `make check` does not run these tests.
+heavy = pytest.mark.heavy
+
 #: Pytest mark of slow tests, which run in `make test-all` but not in `make test`.
 slow = pytest.mark.slow
 

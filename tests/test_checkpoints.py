@@ -8,7 +8,7 @@ import keras_dst
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DCIL, DST, LayerMethod
 from tests import stop_worker
-from tests.backends import every, once, slow
+from tests.backends import every, heavy, once, slow
 from tests.stop_worker import ALL_METHODS, x, y
 
 pytestmark = every(32)
@@ -69,6 +69,7 @@ def test_every_checkpoint_has_the_logged_sparsity(name, ending, save_freq, tmp_p
     assert max(found) > (0.01 if method.learned else 0.7)
 
 
+@heavy
 @pytest.mark.parametrize(
     ("monitor", "first"),
     [

@@ -10,7 +10,7 @@ from keras_dst._structure.coupling import channel_groups
 from keras_dst._training.channels import couple
 from keras_dst.masks import Layout
 from keras_dst.methods import channels
-from tests.backends import once
+from tests.backends import heavy, once
 from tests.test_shrink import assert_same_outputs, randomize
 
 pytestmark = once
@@ -228,6 +228,7 @@ MODELS = {
 }
 
 
+@heavy
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_removing_half_of_every_group_preserves_the_outputs(build):
     """Remove half of every group of coupled channels; check the outputs and the predicted costs."""

@@ -10,7 +10,7 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.layers import Gate
 from keras_dst.methods import DST, Consensus
 from tests import models
-from tests.backends import every, once
+from tests.backends import every, heavy, once
 from tests.gradients import gradients
 
 # The training runs in this file are too short to reach the target, so `fit` warns.
@@ -136,6 +136,7 @@ def test_a_gating_module_trains_with_a_partial_last_batch():
     assert np.isfinite(history.history["loss"]).all()
 
 
+@heavy
 @every(16)
 @pytest.mark.parametrize(
     ("structure", "dependent"),

@@ -27,6 +27,7 @@ def test_the_gpu_benchmark_without_a_gpu_raises(monkeypatch):
         gpu.measure(["mlp"], smoke=False, limit=1)
 
 
+@pytest.mark.heavy
 def test_a_trial_prints_a_row_for_each_method_and_dtype(monkeypatch, capsys):
     chosen = {name: gpu.methods()[name] for name in ("DST", "DCIL")}
     monkeypatch.setattr(gpu, "methods", lambda: chosen)

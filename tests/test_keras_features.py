@@ -11,7 +11,7 @@ from keras import layers, optimizers
 import keras_dst
 from keras_dst import SparseOptimizer, methods
 from keras_dst.callbacks import SparseTraining
-from tests.backends import every, once
+from tests.backends import every, heavy, once
 from tests.pages import blocks
 
 # Model.quantize of Keras up to 3.15 warns about layers without a kernel. On JAX, Orbax warns that
@@ -98,6 +98,7 @@ def folder(tmp_path):
     return str(tmp_path / "checkpoints")
 
 
+@heavy
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "method", [methods.RigL(0.75), pytest.param(methods.OptG(0.75), marks=once)]
@@ -471,6 +472,7 @@ def test_a_classifier_of_keras_hub_with_its_tokenizer(tmp_path):
 # -- the page ------------------------------------------------------------------------------------
 
 
+@heavy
 @once
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.shuffle=True. was passed:UserWarning")

@@ -7,7 +7,7 @@ import sys
 from graphlib import CycleError, TopologicalSorter
 
 import keras_dst
-from tests.backends import once
+from tests.backends import heavy, once
 
 pytestmark = once
 
@@ -95,6 +95,7 @@ def test_dir_lists_the_public_names():
     assert not [name for name in keras_dst.__all__ if name[0] == "_" and name != "__version__"]
 
 
+@heavy
 def test_importing_the_package_loads_only_keras_and_no_reports_or_plots():
     code = "import sys, keras; before = set(sys.modules); import keras_dst; "
     code += "print(*set(sys.modules) - before)"

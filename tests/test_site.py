@@ -28,7 +28,7 @@ from benchmarks.comparison import libraries
 from benchmarks.coverage import models, smaller
 from benchmarks.files import int8, micro, runtimes, tflite_cases, tflite_grid
 from benchmarks.training_cost import mask_update, scaling, step_time, time_to_accuracy
-from tests.backends import once
+from tests.backends import heavy, once, slow
 from tests.browser import look_at
 from tests.pages import PAGES, ROOT
 
@@ -171,7 +171,8 @@ def test_code_lines_fit_their_column(site):
         assert max(map(len, lines)) <= 100, max(lines, key=len)
 
 
-@pytest.mark.parametrize("width", [1440, 390])
+@heavy
+@pytest.mark.parametrize("width", [pytest.param(1440, marks=slow), 390])
 def test_the_layout_in_a_browser(site, width):
     """On a desktop, code needs no horizontal scrolling. On a phone, no page is wider than the
     screen."""

@@ -15,7 +15,7 @@ import pytest
 import keras_dst
 from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from tests import stop_worker
-from tests.backends import every, once
+from tests.backends import every, heavy, once
 
 KILLS = int(os.environ.get("KERAS_DST_KILLS", "1"))
 SEED = int(os.environ.get("KERAS_DST_SEED", "0"))
@@ -102,6 +102,7 @@ def whole():
     return method, model
 
 
+@heavy
 @once
 @pytest.mark.parametrize(("save_freq", "first"), [("epoch", False), (3, True)])
 def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_path):
@@ -119,6 +120,7 @@ def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_pat
     assert not (tmp_path / "b").exists()
 
 
+@heavy
 @once
 @pytest.mark.parametrize("rename", range(2))
 def test_training_killed_during_a_backup_can_be_resumed(rename, whole, tmp_path, monkeypatch):
@@ -166,6 +168,7 @@ def test_resuming_from_a_final_backup_trains_no_further(name, tmp_path):
     check_same(model, again)
 
 
+@heavy
 @once
 @pytest.mark.parametrize("driven", [True, False])
 def test_an_interruption_while_batches_are_skipped(driven, tmp_path):
@@ -183,6 +186,7 @@ def test_an_interruption_while_batches_are_skipped(driven, tmp_path):
     assert int(model.optimizer.iterations) == before + steps
 
 
+@heavy
 @once
 def test_a_later_fit_starts_at_its_first_batch(tmp_path):
     method = stop_worker.ALL_METHODS["magnitude"]
@@ -195,6 +199,7 @@ def test_a_later_fit_starts_at_its_first_batch(tmp_path):
     assert int(model.optimizer.iterations) == 2 * iterations
 
 
+@heavy
 @once
 @pytest.mark.parametrize("name", ["dst-target", "magnitude"])
 def test_the_keras_backup_callback_within_an_epoch_reaches_the_target(name, tmp_path):

@@ -15,7 +15,7 @@ import keras_dst
 from keras_dst import tfmot
 from keras_dst.tfmot.masks import block_mask, magnitude_mask
 from tests import models
-from tests.backends import every, once
+from tests.backends import every, heavy, once
 
 pytestmark = every(24)
 
@@ -480,6 +480,7 @@ def test_frozen_layers_stay_dense():
         lstm(keras.Input((5, 4)))
 
 
+@heavy
 @once
 def test_a_pruned_model_loads_with_only_keras_dst_imported(tmp_path):
     model = compiled(tfmot.prune_low_magnitude(dense(7), DECAY))

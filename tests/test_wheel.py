@@ -13,7 +13,7 @@ import keras
 import pytest
 
 import keras_dst
-from tests.backends import once
+from tests.backends import heavy, once
 from tests.environments import SETS
 from tests.pages import ROOT
 
@@ -93,6 +93,7 @@ def installed(wheel, tmp_path_factory):
     return folder
 
 
+@heavy
 def test_the_wheel_contains_only_the_package(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     files = [path for path in ROOT.glob("keras_dst/**/*.*") if "__pycache__" not in path.parts]
@@ -101,6 +102,7 @@ def test_the_wheel_contains_only_the_package(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@heavy
 def test_the_installed_wheel_works(installed):
     report, version, shown, again = run(
         installed / "bin" / "python", "-c", SCRIPT, cwd=installed

@@ -11,7 +11,7 @@ from keras_dst.export.flatbuffer import read
 from keras_dst.export.latency_model import CPUS, LatencyModel
 from keras_dst.export.selection import UNSAFE, Objective, select_formats
 from tests import arm64, no_avx
-from tests.backends import once
+from tests.backends import heavy, once
 
 from .graphs import BUILTIN, convolution, fully_connected, run, sparse_values
 from .test_int8 import integers
@@ -124,6 +124,7 @@ def error(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
+@heavy
 @pytest.mark.parametrize("name", WRITTEN)
 def test_exported_files_agree_on_all_cpus(outputs, name):
     expected, *found = outputs[name]
