@@ -429,10 +429,13 @@ def pool(values: Tensor, block: Sequence[int]) -> Tensor:
     shape = tuple(values.shape)
     counts = [-(-n // b) for n, b in zip(shape, block)]
     padding = [(0, c * b - n) for n, b, c in zip(shape, block, counts)]
-    if any(after for _, after in padding):
+    equal = not any(after for _, after in padding)  # Whether all blocks have the same size.
+    if not equal:
         values = ops.pad(values, padding)
     split = ops.reshape(values, [n for pair in zip(counts, block) for n in pair])
     total = ops.sum(split, axis=tuple(range(1, 2 * len(shape), 2)))
+    if equal:
+        return total / ops.cast(numbers.constant(math.prod(block), "float32", total), total.dtype)
     return total / ops.convert_to_tensor(_block_sizes(shape, block), total.dtype)
 
 

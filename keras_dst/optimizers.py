@@ -542,7 +542,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         settled = self.method.followers_settled(
             *map(ops.convert_to_tensor, (self.step, self.total))
         )
-        alive = ops.logical_or(alive, ops.logical_not(settled))
+        if settled is not True:
+            alive = ops.logical_or(alive, ops.logical_not(settled))
         variables = _keras.trained_variables_of(self)
         followers = [(variables[index], axis, ids) for index, axis, ids in self._followers]
         for variable, mask in channels.masks_of_followers(followers, alive):

@@ -165,12 +165,12 @@ def test_a_wrong_guess_is_corrected(scores, kept, monkeypatch, wrong_guesses):
     test_masks.assert_equal(*([ops.convert_to_numpy(m) for m in f] for f in (found, expected)))
 
 
-def driver_of(method, *widths):
+def driver_of(method, *widths, use_bias=False):
     """Return the object that updates the masks of a network with dense layers of the given widths.
 
     The first width is the number of inputs.
     """
-    layers = [keras.layers.Dense(width, use_bias=False) for width in widths[1:]]
+    layers = [keras.layers.Dense(width, use_bias=use_bias) for width in widths[1:]]
     model = keras.Sequential([keras.Input(widths[:1]), *layers])
     model.compile(apply_method(method, model, keras.optimizers.SGD(0.1)), "mse")
     (driver,) = drivers_of(model)
@@ -377,6 +377,25 @@ def test_an_update_of_small_weights_waits_once(name, pattern):
     with later.counted():
         driver.advance(260)
     assert later.waits == 1
+
+
+def copies_of_an_update(name, pattern, layers):
+    """Return how many numbers and arrays a mask update copies from the host to the device."""
+    method = getattr(keras_dst.methods, name)(sparsity=0.9, pattern=pattern)
+    driver = driver_of(method, 8, *[8] * layers, use_bias=True)
+    driver.begin(1000, 1000, 100)
+    driver.advance(250)
+    with Operations().counted() as update:
+        driver.advance(260)
+    return update.copies
+
+
+@only_torch
+@pytest.mark.parametrize("pattern", ["unstructured", "channel"])
+@pytest.mark.parametrize("name", [*METHODS, "SET", "DST", "ST3"])
+def test_the_copies_to_the_device_do_not_grow_with_the_number_of_layers(name, pattern):
+    copies = copies_of_an_update(name, pattern, layers=3)
+    assert copies_of_an_update(name, pattern, layers=6) == copies <= 12
 
 
 def waits_of_steps(method):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_dst import masks
-from keras_dst._backend import ranking, rows, selection
+from keras_dst._backend import numbers, ranking, rows, selection
 from keras_dst._backend.jit import jit
 from keras_dst.masks import KERNEL, Layout, Pattern
 from tests.backends import COMPILES, every
@@ -457,6 +457,25 @@ def test_a_ranking_after_an_export_of_the_same_shape():
         torch.export.export(TopK(), (scores,))
     (mask,) = masks.top_k([scores], 5)
     np.testing.assert_array_equal(mask, scores >= 19)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch.export is PyTorch's")
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_constant_after_an_export(strict):
+    import torch
+
+    array = np.array([3.0, int(strict)], "float32")
+
+    class Sum(torch.nn.Module):
+        def forward(self, x):
+            return x + numbers.constant(array, "float32", x)
+
+    x = torch.ones(2)
+    with contextlib.suppress(Exception):  # Some versions of PyTorch cannot export the constant.
+        torch.export.export(Sum(), (x,), strict=strict)
+    constant = numbers.constant(array, "float32", x)
+    np.testing.assert_array_equal(constant.numpy(), array)
+    assert numbers.constant(array, "float32", x) is constant
 
 
 @pytest.mark.skipif(not COMPILES, reason="only JAX and TensorFlow trace functions")

@@ -1,11 +1,15 @@
-"""Operations on tensors and Python numbers, without a copy of the numbers to the device.
+"""Operations on tensors and numbers, without a copy of the numbers to the device in every call.
 
-The functions of `keras.ops` convert a Python number to a tensor. On a GPU, PyTorch then waits until
-this tensor is copied to the GPU. On PyTorch, the functions of this module pass the number directly
-as an argument, which needs no copy.
+The functions of `keras.ops` convert a Python number or a NumPy array to a tensor. On a GPU, PyTorch
+then waits until this tensor is copied to the GPU. On PyTorch, most functions of this module pass a
+Python number directly as an argument, which needs no copy. The function `constant` copies a NumPy
+array only once.
 """
 
+import functools
+
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -31,3 +35,34 @@ def at_least(x, low):
 def at_most(x, high):
     """Return `ops.minimum(x, high)` for the Python number `high`."""
     return x.clamp(max=high) if keras.backend.backend() == "torch" else ops.minimum(x, high)
+
+
+def constant(value, dtype, like):
+    """Return `ops.convert_to_tensor(value, dtype)`. On PyTorch, the tensor is stored for later
+    calls, so do not change the tensor in place.
+
+    Args:
+        value: Python number or NumPy array.
+        dtype: Name of the type of the result.
+        like: Tensor that is used together with the result, on the same device.
+    """
+    if not is_plain(like):  # Each traced function creates its own tensors.
+        return ops.convert_to_tensor(value, dtype)
+    array = np.asarray(value, dtype)
+    return _stored(str(like.device), dtype, array.shape, array.tobytes())
+
+
+@functools.lru_cache(maxsize=1024)
+def _stored(device, dtype, shape, data):
+    return ops.convert_to_tensor(np.frombuffer(data, dtype).reshape(shape).copy())
+
+
+def is_plain(tensor) -> bool:
+    """Return whether a tensor is a torch tensor with values, outside of any trace or export."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)

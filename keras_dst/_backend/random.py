@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_dst._backend.numbers import constant
 from keras_dst._backend.rows import bundles
 
 Tensor = Any
@@ -27,6 +28,8 @@ def bits(*numbers: Tensor) -> Tensor:
     """Return an int32 hash of integers or int32 tensors. The tensors are broadcast."""
     state = ops.zeros((), "int32")
     for number in numbers:
+        if isinstance(number, (int, np.ndarray)):
+            number = constant(number, "int32", state)
         state = _mixed(state * 31 + ops.cast(number, "int32") + 0x3C6EF372)
     return state
 
@@ -42,7 +45,8 @@ def _mixed(x):
 def _shifted(x, by):
     # Shift the bits to the right, and fill the free bits on the left with zeros. The built-in right
     # shift of int32 would fill the free bits with the sign bit.
-    return ops.bitwise_and(ops.bitwise_right_shift(x, by), (1 << (32 - by)) - 1)
+    mask = constant((1 << (32 - by)) - 1, "int32", x)
+    return ops.bitwise_and(ops.bitwise_right_shift(x, constant(by, "int32", x)), mask)
 
 
 def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
@@ -60,7 +64,8 @@ def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
     positions = ops.arange(math.prod(shape), dtype="int32")
     found = bits(bits(*numbers), positions)
     # A float32 represents every integer of 24 bits exactly.
-    return ops.reshape(ops.cast(ops.bitwise_and(found, 0xFFFFFF), "float32"), shape) / (1 << 24)
+    found = ops.bitwise_and(found, constant(0xFFFFFF, "int32", found))
+    return ops.reshape(ops.cast(found, "float32"), shape) / (1 << 24)
 
 
 def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Tensor]:
@@ -95,7 +100,7 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
         # Copy the rows with `ops.take`, not with slices. On TensorFlow, slices at random positions
         # would make XLA compile again in every step.
         chosen = bits(seed, step, np.repeat(members, rows), position)
-        chosen = ops.bitwise_and(chosen, numbers.shape[0] - 1)
+        chosen = ops.bitwise_and(chosen, constant(numbers.shape[0] - 1, "int32", chosen))
         drawn = ops.take(numbers[:, :width], chosen, axis=0)
         found += [
             ops.reshape(ops.reshape(drawn[end - n : end], (-1,))[:size], shapes[i])

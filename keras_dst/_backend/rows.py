@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -101,7 +100,7 @@ class Scores:
         self.together = together
         lengths = [math.prod(s.shape) for s in scores]
         self.count = sum(lengths)
-        if _is_plain(scores[0]):
+        if numbers.is_plain(scores[0]):
             found = _kept_on(str(scores[0].device), tuple(lengths), together)
         else:  # Each traced function creates its own tensors.
             found = _arranged(lengths, together)
@@ -158,16 +157,6 @@ class Scores:
                 for b, v in zip(self.bundles, values)
             ]
         )
-
-
-def _is_plain(tensor):
-    """Return whether a tensor is a torch tensor with values, outside of any trace or export."""
-    if keras.backend.backend() != "torch":
-        return False
-    import torch
-
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    return plain and not torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
 
 
 def _arranged(lengths, together):

@@ -30,6 +30,7 @@ from keras import ops
 
 from keras_dst import allocation as allocations
 from keras_dst import masks
+from keras_dst._backend import numbers
 from keras_dst._utils.validation import is_integer
 from keras_dst.masks import Layout, Pattern
 
@@ -111,7 +112,7 @@ class ChannelGroups:
         total: Any = np.sum
         array: Any = np.asarray
         if not isinstance(kept, np.ndarray):
-            total, array = ops.sum, lambda x: ops.convert_to_tensor(x, "float32")
+            total, array = ops.sum, lambda x: numbers.constant(x, "float32", kept)
         if counted_in == "channels":
             return total(kept * array(self.widths)) / float((self.sizes * self.widths).sum())
         base = self.costs[:, COUNTED_IN.index(counted_in) - 1]
@@ -362,15 +363,16 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         if not layout.channels:
             continue
         pooled = ops.reshape(pattern.scores(ops.cast(score, "float32"), layout), (-1,))
-        scale = ops.mean(ops.maximum(pooled, 0.0))
+        scale = ops.mean(numbers.at_least(pooled, 0.0))
         scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
-        units.append(pooled / ops.where(scale > 0, scale, 1.0))
+        units.append(pooled / numbers.where(scale > 0, scale, 1.0))
     # `every` holds the scores of all output units, followed by a 0. Row c of `places` lists the
     # positions in `every` of the units that compute channel c. Short rows of `places` are padded
     # with the position of the final 0 in `every`.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
-    return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
+    sums = ops.sum(ops.take(every, numbers.constant(places, "int32", every)), axis=1)
+    return sums / numbers.constant(counts, "float32", every)
 
 
 def per_unit(
@@ -444,7 +446,7 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     # A channel is kept if no weight with a mask computes the channel.
     places[first >= start] = offset
     every = ops.concatenate([*units, ops.ones((1,), "bool")])
-    return ops.take(every, np.append(places, offset))
+    return ops.take(every, numbers.constant(np.append(places, offset), "int32", every))
 
 
 def kept_units(mask: Tensor, layout: Layout) -> Tensor:
@@ -481,7 +483,10 @@ class Scales(NamedTuple):
         if not variables:
             return [None] * len(self.places)
         every = ops.concatenate([ops.convert_to_tensor(v) for v in variables])
-        return [None if places is None else ops.take(every, places) for places in self.places]
+        return [
+            None if places is None else ops.take(every, numbers.constant(places, "int32", every))
+            for places in self.places
+        ]
 
 
 def scales_of(
@@ -529,7 +534,8 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
     """
     units = [ops.reshape(v, (-1,)) for v, layout in zip(values, layouts) if layout.channels]
     every = ops.pad(ops.concatenate(units), [(0, 1)], constant_values=_LOWEST)
-    return ops.max(ops.take(every, _units_of_channels(tuple(layouts))[0]), axis=1)
+    places, _ = _units_of_channels(tuple(layouts))
+    return ops.max(ops.take(every, numbers.constant(places, "int32", every)), axis=1)
 
 
 def of_kept_channels(margins: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
@@ -580,19 +586,19 @@ def shifts(
     largest = largest_of_units(margins, layouts)
     small = 1e-3 * ops.mean(ops.abs(largest))
     is_best = best(method, groups, largest, kept)
-    minimum = ops.convert_to_tensor(_steps(groups, method)[1], "int32")
+    minimum = numbers.constant(_steps(groups, method)[1], "int32", largest)
     parts = groups.split(largest)
     limits = list(ops.unstack(masks.kth(parts, minimum), len(parts)))
     rises = []
     for group, (values, stays) in enumerate(zip(parts, groups.split(is_best))):
-        below = ops.max(ops.where(stays, _LOWEST, values))
-        above = ops.min(ops.where(stays, values, -_LOWEST))
+        below = ops.max(numbers.where(stays, _LOWEST, values))
+        above = ops.min(numbers.where(stays, values, -_LOWEST))
         # The new threshold is halfway between two margins, so that rounding errors have no effect.
         between = ops.where(below > _LOWEST, (below + above) / 2, above - small)
         fits = ops.logical_and(below <= 0, above > 0)
-        rises.append(ops.where(fits, 0.0, between))
+        rises.append(numbers.where(fits, 0.0, between))
         limits[group] = ops.maximum(limits[group], ops.min(values) - small)
-    owner = np.append(groups.owner, len(groups.sizes))
+    owner = numbers.constant(np.append(groups.owner, len(groups.sizes)), "int32", largest)
     found = []
     for each in (rises, limits):
         of_channels = ops.take(ops.stack([*each, ops.zeros(())]), owner)
@@ -628,7 +634,8 @@ def _of_units(values: Tensor, ids: np.ndarray) -> Tensor:
             that are always kept.
         ids: Index of the channel that each unit computes, or -1 if the unit is always kept.
     """
-    return ops.take(values, np.where(ids < 0, values.shape[0] - 1, ids).astype("int32"))
+    places = np.where(ids < 0, values.shape[0] - 1, ids)
+    return ops.take(values, numbers.constant(places, "int32", values))
 
 
 def masks_of_followers(
@@ -655,15 +662,14 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
     The number of channels with a saliency above a threshold is rounded in every group. Bisection
     finds the common threshold at which the model meets the target.
     """
-    step, least = (ops.convert_to_tensor(x, "int32") for x in _steps(groups, method))
-    sizes, owner = (ops.convert_to_tensor(x, "int32") for x in (groups.sizes, groups.owner))
+    arrays = (*_steps(groups, method), groups.sizes, groups.owner, np.arange(len(groups.sizes)))
+    step, least, sizes, owner, group = (numbers.constant(x, "int32", saliency) for x in arrays)
     target = ops.cast(kept, "float32") / _PARTS
     total = len(groups.owner)
     # `place` is the rank of every channel: 0 for the highest saliency. Channels with the same
     # saliency keep their order.
     place = ops.cast(ops.argsort(ops.argsort(-saliency)), "int32")
-    numbers = ops.convert_to_tensor(np.arange(len(groups.sizes)), "int32")
-    belongs = ops.equal(owner[None], numbers[:, None])
+    belongs = ops.equal(owner[None], group[:, None])
 
     def counts(first):
         above = ops.logical_and(belongs, (place < first)[None])
@@ -679,7 +685,7 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
         fits = share(middle) <= target
         return ops.where(fits, middle, low), ops.where(fits, high, middle)
 
-    ends = (ops.convert_to_tensor(0, "int32"), ops.convert_to_tensor(total, "int32"))
+    ends = (ops.zeros((), "int32"), ops.zeros((), "int32") + total)
     low, high = ops.fori_loop(0, math.ceil(math.log2(max(total, 2))) + 1, narrow, ends)
     nearer = ops.abs(share(high) - target) < ops.abs(share(low) - target)
     return counts(ops.where(nearer, high, low))

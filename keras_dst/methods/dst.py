@@ -32,6 +32,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst import masks
+from keras_dst._backend import numbers
 from keras_dst._utils.validation import is_number
 from keras_dst.allocation import floor_counts
 from keras_dst.masks import KERNEL, Pattern
@@ -50,7 +51,7 @@ _MAX_GROWTH = 3.0  # Maximum ratio of alpha to the root mean square of its earli
 # the end of training, the learning rate is small, so alpha cannot move the thresholds. The network
 # also has no time to adapt to a late change of its masks.
 _EXACT = 0.75
-_ALWAYS = np.float32(1e30)  # Score that prevents the pruning of a weight.
+_ALWAYS = 1e30  # Score that prevents the pruning of a weight.
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -276,22 +277,22 @@ class DST(LayerMethod):
         alpha = states[0]["alpha"]
         last, drift, square, product = ops.unstack(states[0]["control"])
 
-        moved = ops.where(square > 0, last - gap, 0.0)
+        moved = numbers.where(square > 0, last - gap, 0.0)
         square = _MEMORY * square + (1 - _MEMORY) * alpha**2
         product = _MEMORY * product + (1 - _MEMORY) * alpha * (moved - drift)
-        response = product / ops.maximum(square, 1e-30)
+        response = product / numbers.at_least(square, 1e-30)
         drift = _MEMORY * drift + (1 - _MEMORY) * (moved - response * alpha)
         wanted = _GAP_SHARE * ops.clip(gap, -scale, scale) - drift
         # If the measured effect of alpha is zero or has the wrong sign, alpha becomes `limit` or
         # `-limit`.
-        limit = _MAX_GROWTH * ops.maximum(ops.sqrt(square), self.alpha)
+        limit = _MAX_GROWTH * numbers.at_least(ops.sqrt(square), self.alpha)
         response = ops.maximum(response, ops.abs(wanted) / limit + 1e-30)
         alpha = ops.clip(wanted / response, -limit, limit)
-        control = ops.stack([ops.where(late, 0.0, gap), drift, square, product])
+        control = ops.stack([numbers.where(late, 0.0, gap), drift, square, product])
         changes = []
         for state, shift, floor in zip(states, shifts, floors):
             threshold = ops.convert_to_tensor(state["threshold"])
-            moved = ops.where(late, shift, ops.minimum(floor, 0.0))
+            moved = ops.where(late, shift, numbers.at_most(floor, 0.0))
             threshold = threshold + ops.cast(moved, threshold.dtype)
             changes.append({"threshold": threshold, "alpha": alpha, "control": control})
         return self._with_held(changes, weights, layouts)
@@ -351,15 +352,18 @@ class DST(LayerMethod):
         sizes = [math.prod(Pattern(self.pattern).block(*x)) for x in zip(shapes, layouts)]
         least = floor_counts(shapes, self.schedule.sparsity if self.schedule else 0.0)
         least = np.maximum(least // sizes, 1) * sizes  # Round to whole groups.
-        lowest = ops.unstack(masks.kth(margins, ops.convert_to_tensor(least, "int32")), len(shapes))
+        least_kept = numbers.constant(least, "int32", margins[0])
+        lowest = ops.unstack(masks.kth(margins, least_kept), len(shapes))
         limits = []
         for w, margin, low in zip(weights, margins, lowest):
             # If all weights of a layer have the same margin Q, no margin exceeds `low`. A limit
             # slightly below the common margin then keeps all weights of the layer.
-            edge = ops.minimum(ops.min(ops.where(margin > low, margin, _ALWAYS)), ops.max(margin))
+            edge = ops.minimum(
+                ops.min(numbers.where(margin > low, margin, _ALWAYS)), ops.max(margin)
+            )
             limits.append(edge - 1e-6 * ops.cast(ops.max(ops.abs(w)), "float32"))
-        ranked = [ops.where(m > x, _ALWAYS, m) for m, x in zip(margins, limits)]
-        gap = masks.kth(ranked, ops.maximum(kept, int(least.sum())))
+        ranked = [numbers.where(m > x, _ALWAYS, m) for m, x in zip(margins, limits)]
+        gap = masks.kth(ranked, numbers.at_least(kept, int(least.sum())))
         return gap, [ops.minimum(gap, x) for x in limits], limits
 
     def _margins(self, weights, states, layouts):

@@ -233,7 +233,7 @@ class SET(UpdateMethod):
         """Return random weights that have the same root mean square as the kept weights."""
         kept = ops.cast(mask, "float32")
         square = ops.sum(kept * ops.square(ops.cast(w, "float32")))
-        size = ops.sqrt(square / ops.maximum(ops.sum(kept), 1.0))
+        size = ops.sqrt(square / numbers.at_least(ops.sum(kept), 1.0))
         drawn = random.uniform(w.shape, self.seed, now.step, stream)
         return (drawn - 0.5) * (math.sqrt(12) * size)
 

@@ -38,6 +38,7 @@ coupled channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import keras
@@ -45,6 +46,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst import masks
+from keras_dst._backend import numbers
 from keras_dst._utils.validation import check_boolean
 from keras_dst.methods import channels
 from keras_dst.methods.base import LayerMethod, UnitMethod
@@ -172,14 +174,15 @@ class ST3(LayerMethod):
             return self._channel_changes(scores, states, layouts, found)
         # For every weight tensor, find the largest score of a pruned weight and the smallest score
         # of a kept weight.
-        below = [ops.max(ops.where(m, 0.0, s)) for m, s in zip(found, scores)]
-        above = [ops.min(ops.where(m, s, np.inf)) for m, s in zip(found, scores)]
-        common = ops.max(ops.stack(below)) if self.allocation == "global" else np.float32(np.inf)
+        below = [ops.max(numbers.where(m, 0.0, s)) for m, s in zip(found, scores)]
+        above = [ops.min(numbers.where(m, s, math.inf)) for m, s in zip(found, scores)]
+        common = ops.max(ops.stack(below)) if self.allocation == "global" else None
         changes = []
         for w, layout, mask, own, least in zip(weights, layouts, found, below, above):
             # A layer may need a lower threshold than the other layers to keep its minimum number of
             # weights.
-            threshold = ops.where(common < least, common, own) * self._std(w.shape)
+            threshold = own if common is None else ops.where(common < least, common, own)
+            threshold = threshold * self._std(w.shape)
             factor = _factor(ops.abs(ops.cast(w, "float32")), mask, layout)
             changes.append({"mask": mask, "threshold": threshold, "factor": factor})
         return changes
@@ -209,8 +212,8 @@ def _channel_factors(saliency, kept):
     kept channel. The returned factor combines the soft thresholding with a rescaling that restores
     the total saliency of the channels.
     """
-    threshold = ops.max(ops.where(kept, 0.0, saliency))
-    soft = ops.where(kept, 1.0 - threshold / ops.maximum(saliency, _TINY), 0.0)
+    threshold = ops.max(numbers.where(kept, 0.0, saliency))
+    soft = numbers.where(kept, 1.0 - threshold / numbers.at_least(saliency, _TINY), 0.0)
     return soft * _ratio(ops.sum(saliency) + _TINY, ops.sum(soft * saliency) + _TINY)
 
 
