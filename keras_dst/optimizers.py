@@ -328,15 +328,16 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             states,
         )
         masks: list = [None] * len(grads)
-        for (i, kernel, _), state, grad, value in zip(pruned, states, kept_grads, before):
-            grads[i], masks[i] = grad, state["mask"]
+        for n, (i, kernel, _) in enumerate(pruned):
+            grads[i], masks[i] = kept_grads[n], states[n]["mask"]
             if self.method.moves_weights:
-                self.assign(kernel, value)
+                self.assign(kernel, before[n])
         step, total = map(ops.convert_to_tensor, (self.step, self.total))
         grads = list(self.method.perturb(grads, masks, step, total))
         if replicas > 1:  # The inner optimizer sums the gradients of all replicas.
             grads = [g if g is None else g / replicas for g in grads]
         self.inner_optimizer.apply(grads, variables)
+        del grads, kept_grads  # Free the masked gradients, because `after` creates masked weights.
         weights, changes = self.method.after(
             carry, [ops.convert_to_tensor(k) for k in kernels], states
         )

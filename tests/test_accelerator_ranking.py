@@ -398,6 +398,21 @@ def test_the_copies_to_the_device_do_not_grow_with_the_number_of_layers(name, pa
     assert copies_of_an_update(name, pattern, layers=6) == copies <= 12
 
 
+@only_torch
+@pytest.mark.parametrize("name", ["Magnitude", "RigL"])
+def test_an_optimizer_step_holds_one_copy_of_the_weights(name):
+    # The step first creates masked gradients and frees them, and then creates masked weights.
+    kernels = [keras.Variable(np.ones((64, 64), "float32"), name=f"kernel_{i}") for i in range(3)]
+    method = getattr(keras_dst.methods, name)(0.9)
+    optimizer = keras_dst.SparseOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), method)
+    optimizer.build(kernels)
+    optimizer.driver_active = True
+    grads = [ops.ones(kernel.shape) for kernel in kernels]
+    with Operations().counted() as step:
+        optimizer.apply(grads, kernels)
+    assert step.peak / 4 < 1.1 * 3 * 64 * 64
+
+
 def waits_of_steps(method):
     """Train three steps; for each step, return how often the host waits for the device."""
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8), keras.layers.Dense(2)])
