@@ -1,8 +1,8 @@
 # The four main commands. Each one installs its requirements in .venv.
 #   make demo      train, strip, export and run a small network on real digits
 #   make check     linters, types and the fast tests that need no backend: under three minutes
-#   make test      all tests on three backends, notebooks and pages
-#   make test-all  all tests, including slow ones: many kills, every combination
+#   make test      the short form of all tests on three backends, five notebooks, and the pages
+#   make test-all  all tests, including slow ones: many kills, every combination, all notebooks
 # Also: lint, test-BACKEND, test-once, test-xla, test-notebooks, test-wheel, test-versions,
 # test-gpu, notebooks, docs, pictures, browser, arm64, clean, and the benchmarks (bench-NAME) at the
 # end.
@@ -29,8 +29,8 @@ FAILED := build/failed
 # Slow tests have the marker `slow`. Tests that need no backend have the marker `once`.
 SLOW := and not slow
 test-all: SLOW :=
-# The tests of test-xla: the equations of every method, and whole training runs with two methods.
-OPTIMIZED := fifty or (test_target and (dst-target or flipout))
+# The tests of test-xla: the equations of every method, and a whole training run with one method.
+OPTIMIZED := fifty or (test_target and flipout)
 test-all: OPTIMIZED := fifty or target or strip
 test-all: export KERAS_DST_LONG = 1
 test-all: export KERAS_DST_KILLS = 10
@@ -110,7 +110,7 @@ test-xla: $(TEST_READY)
 
 # Each notebook sets its own backend.
 test-notebooks: $(TEST_READY)
-	$(PYTEST) tests/test_notebooks.py
+	$(PYTEST) tests/test_notebooks.py -m "not once $(SLOW)"
 	$(passed)
 
 # Run all notebooks again and store their outputs.

@@ -127,7 +127,7 @@ def test_early_stopping_with_restored_best_weights(name, first):
     check_agreement(model, history, sparse_training, method.schedule.sparsity)
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=slow)])
 @pytest.mark.parametrize("method", [methods.RigL(0.8), methods.SET(0.8)])
 def test_restored_weights_that_are_sparser_than_the_target_raise_no_warning(method, first):
     """Weights that SET and RigL grow start at 0, so a model may have more zeros than its masks."""

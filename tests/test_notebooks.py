@@ -1,4 +1,4 @@
-"""Tests that every notebook runs without errors or warnings and prints its stored values."""
+"""Tests that notebooks run without errors or warnings and print their stored values."""
 
 import json
 import math
@@ -8,8 +8,12 @@ import nbformat
 import pytest
 
 from notebooks.execute import ALL, execute
+from tests.backends import slow
 
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+# `make test` runs only these notebooks, and `make test-all` runs all notebooks. Other tests train
+# with the methods of the other notebooks, and run similar code on the pages.
+SHORT = (1, 6, 7, 9, 15)
 
 NUMBER = r"(\d[\d,]*(?:\.\d+)?(?:e-\d+)?)"
 # VALUES maps the name of a printed value to its regular expression, and to the largest allowed
@@ -131,7 +135,13 @@ def test_changed_values_are_found(path):
         assert name in [difference[0] for difference in differences(text, stored)]
 
 
-@each
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if int(path.name[:2]) in SHORT else slow)
+        for path in ALL
+    ],
+)
 def test_notebook_runs_and_shows_the_stored_values(path):
     stored = nbformat.read(path, as_version=4)
     executed = execute(path)

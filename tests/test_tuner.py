@@ -14,7 +14,7 @@ import keras_dst
 from keras_dst.export import ExportReport, FileReport
 from keras_dst.methods import DST, Magnitude
 from keras_dst.tuner import SparseHyperModel
-from tests.backends import COMPILES, every, once
+from tests.backends import COMPILES, LONG, every, once
 from tests.pages import blocks
 
 # KerasTuner uses deprecated functions of `threading`. KerasTuner also saves optimizer variables.
@@ -203,7 +203,8 @@ def test_code_of_the_page_on_sensitivity_runs(tmp_path, monkeypatch):
     pyplot.switch_backend("agg")
     monkeypatch.chdir(tmp_path)
     names = {}
-    for info, code in blocks("sensitivity.md"):
+    # The last code block exports a file in every trial, which takes 20 seconds on PyTorch.
+    for info, code in blocks("sensitivity.md")[: None if LONG else -1]:
         if info in ("", keras.backend.backend()):
             exec(compile(code, "sensitivity.md", "exec"), names)
     pyplot.close("all")
@@ -216,5 +217,6 @@ def test_code_of_the_page_on_sensitivity_runs(tmp_path, monkeypatch):
     for trial in found:
         sparsity = trial.metrics.get_best_value("final_sparsity")
         assert sparsity == pytest.approx(trial.hyperparameters["sparsity"], abs=0.001)
-        assert 0 < trial.metrics.get_best_value("file_bytes") < 4 * 12_608
+        if LONG:
+            assert 0 < trial.metrics.get_best_value("file_bytes") < 4 * 12_608
     assert 0.8 <= keras_dst.report(names["best"]).sparsity <= 0.951

@@ -57,7 +57,7 @@ ALL_METHODS = {
 # method for several layouts of devices, so `make test` trains only one method on each of these two
 # backends. DCIL changes the layers, and RigL updates the masks in the optimizer. test_pages.py
 # trains other methods with the same strategies.
-SHORT = {"tensorflow": ["dcil"], "jax": ["rigl"], "torch": ["dcil", "rigl", "dst", "consensus"]}
+SHORT = {"tensorflow": ["dcil"], "jax": ["rigl"], "torch": ["dcil", "rigl", "consensus"]}
 METHODS = short(ALL_METHODS, *SHORT[keras.backend.backend()])
 BATCH, EPOCHS = 16, 2
 x = np.random.default_rng(0).standard_normal((128, 8)).astype("float32")
