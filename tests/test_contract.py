@@ -71,8 +71,8 @@ BATCH, EPOCHS = 16, 6 if COMPILES else 4  # On PyTorch, training steps are not c
 
 ONE_OF_A_FAMILY = [METHODS[name][0] for name in ("dst-target", "magnitude-revival")]
 KINDS = ["dst-target", "dcil", "optg", "st3", "consensus", "magnitude-revival", "flipout", "rigl"]
-# One method of each family, and with each kind of state.
-FAMILIES = ["dst-target", "dcil", "consensus", "magnitude-revival", "rigl"]
+# Methods with different kinds of state, which must all be saved with a model.
+RESUMED = ["dst-target", "dcil", "consensus", "magnitude-revival", "rigl"]
 OWN = ["own-update", "own-layer", "own-two-path", "own-unit"]
 # Patterns and allocations only change how weights are ranked. test_masks.py tests the ranking on
 # every backend. Only `make test-all` on PyTorch combines every method with every option.
@@ -166,7 +166,7 @@ def test_target_log_second_fit_and_strip(method):
 
 
 @every(64)
-@pytest.mark.parametrize("name", FAMILIES if QUICK else ["set", *KINDS, *OWN])
+@pytest.mark.parametrize("name", RESUMED if QUICK else ["set", *KINDS, *OWN])
 def test_saved_and_resumed_equals_uninterrupted(name, tmp_path):
     method = METHODS[name]
     whole = build(method[0])
