@@ -4,8 +4,8 @@ Recommendations are based on measured figures in the folder results/, which is n
 the package. This module therefore contains copies of the measured figures. A test compares these
 copies with the files in results/. `Figure.method` names the pruning method with the highest mean
 accuracy. If Magnitude is nearly as accurate, `Figure.method` names Magnitude, which has the lowest
-training cost. Magnitude counts as nearly as accurate if its mean accuracy is lower by at most the
-sum of both standard deviations.
+training cost. Magnitude counts as nearly as accurate if the two mean accuracies differ by at most
+the sum of the two standard deviations.
 """
 
 from __future__ import annotations

@@ -198,8 +198,8 @@ class _Between:
     """
 
     def __init__(self, scores: Scores, low, above):
-        """Copy and sort the scores that exceed `low`, except scores at which the masks `above` are
-        True."""
+        """Copy and sort the scores that exceed `low`. Leave out the scores at which the masks
+        `above` are True."""
         self.scores = scores
         self.places, used, values, tensor = [], [], [], []
         number = scores.lengths.shape[0]

@@ -29,8 +29,8 @@ class TwoPathLoss:
 
     A training step runs the model a second time, without masks. The total loss is the sum of three
     terms: the loss of the pruned path, the loss of the full path, and the divergence between their
-    outputs. Metrics use only the outputs of the pruned path. Regularizers and losses from
-    `add_loss` are counted once.
+    outputs. Metrics use only the outputs of the pruned path. The total loss contains the losses of
+    regularizers and of `add_loss` only once.
 
     Args:
         model: Model that is trained.

@@ -398,8 +398,8 @@ def _decoded_reads(
     Args:
         graph: The graph. The function adds tensors to the graph.
         op: An op of the graph.
-        encoded: Dict from the tensor index of each encoded weight to two other tensor indices: of
-            the weight's bitmap, and of the weight's nonzero values.
+        encoded: Dict that maps the tensor index of each encoded weight to two tensor indices: the
+            index of the weight's bitmap, and the index of the weight's nonzero values.
         free: Tensor indices of the weights that no DECODE op computes yet. From `free`, the
             function removes the weights that the given op reads.
         code: Op code index of TFLM_DECODE.

@@ -260,12 +260,12 @@ class DST(LayerMethod):
         ```
 
         `drift` is the decrease of the gap per mask update if alpha is 0. Training and the schedule
-        cause this decrease. `response` is the additional decrease of the gap per mask update if
-        alpha is 1 instead of 0. The controller estimates `drift` and `response` by exponentially
-        weighted least squares. The gap and `drift` are measured in the unit of the weights, and
-        alpha is measured in the unit of the loss. Each update sets alpha so that the gap to the
-        target sparsity shrinks by the fraction `_GAP_SHARE` until the next update. If the model
-        keeps too few weights, alpha is negative.
+        cause this decrease. If alpha is 1, the gap decreases by `drift + response` per mask update.
+        The controller estimates `drift` and `response` by exponentially weighted least squares. The
+        gap and `drift` are measured in the unit of the weights, and alpha is measured in the unit
+        of the loss. Each update sets alpha so that the gap to the target sparsity shrinks by the
+        fraction `_GAP_SHARE` until the next update. If the model keeps too few weights, alpha is
+        negative.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
         # At the end of training (progress 1), `update` does not shift the thresholds. After the

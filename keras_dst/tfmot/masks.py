@@ -27,9 +27,9 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
 
     If the block size does not divide an axis, tfmot pads both ends of the axis before it computes
     the magnitudes of the blocks. The first block can therefore begin with padding. When tfmot
-    applies a block mask, however, the first block begins with the first entry of the weight. The
-    magnitudes are thus computed for blocks that are shifted by the padding. This function shifts
-    the blocks as tfmot does, so its masks equal the masks of tfmot.
+    applies a block mask, however, the first block begins with the first entry of the weight. tfmot
+    therefore computes the magnitudes of blocks that are shifted by the padding. This function
+    shifts the blocks in the same way, so its masks equal the masks of tfmot.
     """
     pooled = np.abs(w)
     for axis, length in enumerate(block_size):
