@@ -1,7 +1,7 @@
 # The four main commands. Each one installs its requirements in .venv.
 #   make demo      train, strip, export and run a small network on real digits
 #   make check     linters, types and the fast tests that need no backend: under three minutes
-#   make test      the short form of all tests on three backends, five notebooks, and the pages
+#   make test      the short form of all tests on three backends, three notebooks, and the pages
 #   make test-all  all tests, including slow ones: many kills, every combination, all notebooks
 # Also: lint, test-BACKEND, test-once, test-xla, test-notebooks, test-wheel, test-versions,
 # test-gpu, notebooks, docs, pictures, browser, arm64, clean, and the benchmarks (bench-NAME) at the
@@ -90,16 +90,20 @@ pictures: $(TEST_READY)
 # tfmot does not accept Keras 3, so the tests that compare with tfmot use a separate environment.
 test-torch: $(TFMOT)/ready
 
+# test-xla compares every method on JAX with the equations, so test-jax does not.
+OTHERS := --ignore=tests/test_notebooks.py
+test-jax: OTHERS += --ignore=tests/test_trajectories.py
+
 $(BACKENDS:%=test-%): test-%: $(TEST_READY)
-	KERAS_BACKEND=$* $(PYTEST) --ignore=tests/test_notebooks.py -m "not once $(SLOW)"
+	KERAS_BACKEND=$* $(PYTEST) $(OTHERS) -m "not once $(SLOW)"
 	$(passed)
 
 test-once: $(TEST_READY)
-	KERAS_BACKEND=torch $(PYTEST) --ignore=tests/test_notebooks.py -m "once $(SLOW)"
+	KERAS_BACKEND=torch $(PYTEST) $(OTHERS) -m "once $(SLOW)"
 	$(passed)
 
 test-quick: $(TEST_READY)
-	KERAS_BACKEND=torch $(PYTEST) --ignore=tests/test_notebooks.py -m "once and not heavy and not slow"
+	KERAS_BACKEND=torch $(PYTEST) $(OTHERS) -m "once and not heavy and not slow"
 
 # Test with the default optimization level of XLA, which users have. Most tests use level 0 instead,
 # which compiles fastest.

@@ -4,6 +4,7 @@ A mask has the shape of its weight. A mask is 1 for kept entries and 0 for prune
 functions use `keras.ops`, give the same results on every backend, and can run in a compiled step.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -151,7 +152,7 @@ def step(x: Tensor) -> Tensor:
 
     def grad(*args, upstream=None):
         distance = ops.abs(x)
-        slope = masked(ops.maximum(2.0 - 4.0 * distance, 0.4), distance <= 1.0)
+        slope = masked(numbers.at_least(2.0 - 4.0 * distance, 0.4), distance <= 1.0)
         return _upstream(args, upstream) * slope
 
     return ones(x > 0, x.dtype), grad
@@ -204,7 +205,7 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
     """
     gradient, mask = ops.convert_to_tensor(gradient), ops.convert_to_tensor(mask)
     kept = masked(gradient, mask)
-    largest = ops.where(jit.count_all_true(mask) > 0, _largest(kept, limit), np.float32(np.inf))
+    largest = numbers.where(jit.count_all_true(mask) > 0, _largest(kept, limit), math.inf)
     return _limit_pruned(gradient, kept, largest)
 
 
@@ -247,9 +248,8 @@ def with_limited_gradient(w: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
     Example:
         >>> keras_dst.masks.with_limited_gradient(w * mask, mask, 10.0)
     """
-    limit = ops.convert_to_tensor(limit, "float32")
     w, mask = jit.tensor_of(w), jit.tensor_of(mask)
-    return _with_limited_gradient(w, mask, limit)
+    return _with_limited_gradient(w, mask, _limit_tensor(limit, w))
 
 
 @ops.custom_gradient
@@ -283,7 +283,14 @@ def straight_through_product(
     w, scores, mask = map(jit.tensor_of, (w, scores, mask))
     if limit is None:
         return _straight_through_product(w, scores, mask)
-    return _limited_product(w, scores, mask, ops.convert_to_tensor(limit, "float32"))
+    return _limited_product(w, scores, mask, _limit_tensor(limit, w))
+
+
+def _limit_tensor(limit, like) -> Tensor:
+    """Return the argument `limit` of `limit_gradient` as a float32 tensor."""
+    if ops.is_tensor(limit):
+        return ops.cast(limit, "float32")
+    return numbers.constant(limit, "float32", like)
 
 
 # The functions with custom gradients are defined once, because `torch.jit.trace` compares them by
@@ -394,6 +401,16 @@ class Pattern:
         group."""
         return _block_sizes(shape, self.block(shape, layout))
 
+    def groups(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, ...]:
+        """Return the number of groups along every axis of a weight of the given shape."""
+        return _block_counts(shape, self.block(shape, layout))
+
+    def size_range(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, int]:
+        """Return the number of weights in the smallest group, and in the largest group."""
+        block = self.block(shape, layout)
+        last = [(n - 1) % b + 1 for n, b in zip(shape, block)]  # Length of the last block per axis.
+        return math.prod(last), math.prod(block)
+
     def expand(self, groups: Tensor, shape: Sequence[int], layout: Layout = KERNEL) -> Tensor:
         """Expand a mask with one entry per group to the mask of a weight of the given shape."""
         return spread(groups, self.block(shape, layout), shape)
@@ -402,14 +419,14 @@ class Pattern:
         return f"Pattern({self.name!r})"
 
 
+def _block_counts(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
+    return tuple(-(-n // b) for n, b in zip(shape, block))
+
+
 def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> np.ndarray:
-    if max(block, default=1) == 1:
-        # Every block is a single weight. A broadcast array of ones needs the memory of a single
-        # number.
-        return np.broadcast_to(np.int32(1), shape)
     sizes = np.ones([1] * len(shape), "int32")
-    for axis, (n, b) in enumerate(zip(shape, block)):
-        along = np.minimum(b, n - b * np.arange(-(-n // b)))
+    for axis, (n, b, count) in enumerate(zip(shape, block, _block_counts(shape, block))):
+        along = np.minimum(b, n - b * np.arange(count))
         sizes = sizes * along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
     return sizes.astype("int32")
 
@@ -427,7 +444,7 @@ def pool(values: Tensor, block: Sequence[int]) -> Tensor:
     if max(block, default=1) == 1:
         return values
     shape = tuple(values.shape)
-    counts = [-(-n // b) for n, b in zip(shape, block)]
+    counts = _block_counts(shape, block)
     padding = [(0, c * b - n) for n, b, c in zip(shape, block, counts)]
     equal = not any(after for _, after in padding)  # Whether all blocks have the same size.
     if not equal:
@@ -491,20 +508,27 @@ def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
     shape = tuple(scores.shape)
     if not -len(shape) <= axis < len(shape):
         raise ValueError(f"axis must be an axis of shape {shape}. Received: axis={axis}")
+    if n >= m:
+        return ops.ones(shape, "bool")
     axis %= len(shape)
     length = shape[axis]
     lowest = float(np.finfo("float32").min)
     scores = ops.cast(scores, "float32")
-    scores = ops.where(ops.isnan(scores), lowest, scores)
-    padding = [(0, -length % m if a == axis else 0) for a in range(len(shape))]
-    scores = ops.pad(scores, padding, constant_values=-np.inf)
+    if length % m:
+        padding = [(0, -length % m if a == axis else 0) for a in range(len(shape))]
+        scores = ops.pad(scores, padding, constant_values=-math.inf)
     grouped = ops.reshape(scores, (*shape[:axis], -1, m, *shape[axis + 1 :]))
-    entries = [ops.take(grouped, i, axis=axis + 1) for i in range(m)]
-    kept = []
-    for i, mine in enumerate(entries):
-        ahead = [
-            other >= mine if j < i else other > mine for j, other in enumerate(entries) if j != i
-        ]
-        kept.append(sum(ops.cast(a, "int32") for a in ahead) < n)
+    entries = [
+        numbers.where(ops.isnan(entry), lowest, entry)
+        for entry in ops.unstack(grouped, m, axis=axis + 1)
+    ]
+    del scores, grouped  # Free the memory of the scores.
+    # `counts[i]` is the number of entries in a group that rank higher than entry `i`, minus
+    # `m - 1 - i`. Of two equal scores, the earlier score ranks higher.
+    counts, small = [0] * m, "int8" if m < 128 else "int32"  # Small integers need less memory.
+    for i, j in itertools.combinations(range(m), 2):
+        is_higher = ops.cast(entries[i] >= entries[j], small)
+        counts[i], counts[j] = counts[i] - is_higher, counts[j] + is_higher
+    kept = [count < n - (m - 1 - i) for i, count in enumerate(counts)]
     mask = ops.reshape(ops.stack(kept, axis=axis + 1), (*shape[:axis], -1, *shape[axis + 1 :]))
     return mask[tuple(slice(0, length) if a == axis else slice(None) for a in range(len(shape)))]

@@ -348,7 +348,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 self.assign(state[name], new)
             self.assign(kernel, value)
             self._mask_average(kernel, state)
-        self.step.assign(self.step + 1)
+        self.step.assign(ops.convert_to_tensor(self.step) + 1)
         if not self.driver_active and not self._is_dense():
             self._update_in_step()
         self._mask_followers()

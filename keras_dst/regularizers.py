@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dst._backend import numbers
 from keras_dst._utils.validation import check_number, is_number
 
 __all__ = ["Budget", "Polarization", "ThresholdPenalty"]
@@ -39,8 +40,8 @@ class ThresholdPenalty(keras.regularizers.Regularizer):
     def __call__(self, x):
         x = _as_loss(x)
         steep = x < -1.0
-        bounded = ops.where(steep, -math.e * x, ops.exp(-ops.where(steep, -1.0, x)))
-        return ops.cast(self.alpha, x.dtype) * ops.sum(bounded)
+        bounded = ops.where(steep, -math.e * x, ops.exp(-numbers.where(steep, -1.0, x)))
+        return _as_factor(self.alpha, x) * ops.sum(bounded)
 
     def get_config(self):
         return {"alpha": float(self.alpha)}
@@ -120,8 +121,8 @@ class Budget(keras.regularizers.Regularizer):
     def __call__(self, x):
         x = _as_loss(x)
         costs = ops.ones_like(x) if self.costs is None else ops.cast(self.costs, x.dtype)
-        target = ops.cast(self.target, x.dtype)
-        return self.weight * (ops.sum(costs * x) / ops.sum(costs) - target) ** 2
+        share = ops.sum(costs * x) / ops.sum(costs)
+        return self.weight * (share - _as_factor(self.target, x)) ** 2
 
     def get_config(self):
         costs = None if self.costs is None else ops.convert_to_numpy(self.costs).tolist()
@@ -132,6 +133,11 @@ def _is_scalar_tensor(value) -> bool:
     """Return whether a value is a variable or a tensor of a single number."""
     is_tensor = isinstance(value, keras.Variable) or ops.is_tensor(value)
     return is_tensor and math.prod(value.shape) == 1
+
+
+def _as_factor(value, x):
+    """Return a number unchanged, and cast a scalar tensor to the type of `x`."""
+    return ops.cast(value, x.dtype) if _is_scalar_tensor(value) else value
 
 
 def _as_loss(x):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_dst._backend.numbers import constant
+from keras_dst._backend.numbers import constant, is_plain
 from keras_dst._backend.rows import bundles
 
 Tensor = Any
@@ -84,7 +84,13 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     Example:
         >>> (noise,) = keras_dst._backend.random.normal([(2, 3)], 0, step)
     """
-    table = functools.cache(lambda mirrored: ops.convert_to_tensor(_table(seed, mirrored)))
+
+    @functools.cache
+    def table(mirrored):
+        if is_plain(step):
+            return _table_on_device(seed, mirrored, str(step.device))
+        return ops.convert_to_tensor(_table(seed, mirrored))
+
     found = []
     # Small tensors are concatenated, so that few operations are compiled. Large tensors are not
     # copied.
@@ -114,6 +120,13 @@ def _width(shape: Sequence[int]) -> int:
     `_WIDE`. If possible, the size of the tensor is a multiple of this width."""
     widths = itertools.accumulate(reversed(tuple(shape)), operator.mul)
     return next((width for width in widths if _NARROW <= width <= _WIDE), _NARROW)
+
+
+@functools.lru_cache(maxsize=4)
+def _table_on_device(seed: int, mirrored: bool, device: str) -> Tensor:
+    """Return the table as a torch tensor. The tensor is stored, so that a training step does not
+    copy the table to the device again."""
+    return ops.convert_to_tensor(_table(seed, mirrored))
 
 
 @functools.lru_cache(maxsize=4)

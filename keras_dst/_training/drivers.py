@@ -238,7 +238,7 @@ def _compiled_functions(method, layouts, shapes):
         masks = [method.mask(*values) for values in zip(weights, states, layouts)]
         # A callback may have assigned nonzero values to pruned weights.
         if isinstance(method, UpdateMethod):
-            masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
+            masks = [ops.logical_or(m, w != 0) for m, w in zip(masks, weights)]
         # Stack the counts of all weights. If the host read each count separately, it would wait for
         # the device once per weight.
         counts = ops.stack([count_all_true(mask) for mask in masks])
@@ -539,17 +539,13 @@ class Driver:
         total = sum(c * math.prod(shape) for c, shape in zip(costs, self.shapes))
         return sum(counts), 1 - sum(c * k for c, k in zip(costs, counts)) / total
 
-    def _alive(self) -> np.ndarray:
-        """Return a boolean array that is True for each kept channel. The array ends with an
-        additional True, because the channel index -1 stands for entries that are never pruned."""
-        return ops.convert_to_numpy(self._kept(*self._values())[1])
-
     def mask_followers(self) -> None:
         """Set the biases, scales, offsets and statistics of pruned channels to zero."""
         if not self.groups or not self.followers:
             return
-        if self.method.followers_settled(*map(ops.convert_to_tensor, self._position())):
-            mask_followers(self.followers, ops.convert_to_tensor(self._alive()))
+        if self.method.followers_settled(*self._position()):
+            _, alive = self._kept(*self._values())
+            mask_followers(self.followers, alive)
 
     def _position(self) -> tuple[int, int]:
         """Return the current step and the number of steps of the schedule."""

@@ -227,15 +227,17 @@ class Method(Configurable):
         """
         return min(self.min_kept or 1, units)
 
-    def followers_settled(self, step: Tensor, total: Tensor) -> bool | Tensor:
+    def followers_settled(self, step: Tensor | int, total: Tensor | int) -> bool | Tensor:
         """Return whether biases and normalization scales of pruned channels must be 0 at a step.
 
         For a model with coupled channels, this function is called in every optimizer step, or at
         every mask update of a `LayerMethod`. By default, the function returns True.
 
         Args:
-            step: Number of finished optimizer steps, int32.
-            total: Number of steps in the training run, int32, or 0 if the number is unknown.
+            step: Number of finished optimizer steps: an int32 tensor, or an integer for a
+                `LayerMethod`.
+            total: Number of steps in the training run, with the type of `step`, or 0 if the number
+                is unknown.
         """
         return True
 
@@ -289,23 +291,31 @@ class Method(Configurable):
         if channels.groups_of(layouts):
             return channels.rank(self, scores, layouts, kept)
         if pattern.n_of_m:
-            return [
-                masks.n_of_m(s, *pattern.n_of_m, axis=layout.inputs[-1])
-                for s, layout in zip(scores, layouts)
-            ]
+            # Each weight's scores leave the list, so that `n_of_m` can free their memory.
+            left, scores, (n, m) = [*scores], (), pattern.n_of_m
+            return [masks.n_of_m(left.pop(0), n, m, axis=layout.inputs[-1]) for layout in layouts]
         shapes = [tuple(s.shape) for s in scores]
         together = kept.shape[0] == 1  # A single entry of `kept` is the total of all tensors.
+        ranges = [pattern.size_range(*of_weight) for of_weight in zip(shapes, layouts)]
+        smallest, largest = np.array(ranges).T
+        floors = self._floors(shapes, layouts, smallest, largest, together)
         sizes = None
-        if pattern.grouped:
-            sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
-        floors = self._floors(shapes, sizes, together)
+        ranked = largest[:1] if together else largest
+        if (smallest != largest).any() or (together and (largest != ranked).any()):
+            sizes = [pattern.sizes(*of_weight) for of_weight in zip(shapes, layouts)]
+        elif pattern.grouped:
+            # All groups of a ranking have the same size, so rank the groups as single weights.
+            kept = kept // numbers.constant(ranked, "int32", kept)
+            largest = np.ones_like(largest)
         # `kept` is a number of weights, but the minimums in `floors` are numbers of groups, such as
         # blocks. Groups can differ in size. Even if the ranking selects only the largest groups,
         # `kept` must allow the minimum number of groups. `kept` is therefore at least the minimum
         # times the size of the largest group.
-        largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
-        kept = numbers.at_least(kept, int(least.sum()))[0] if together else ops.maximum(kept, least)
+        if together:
+            kept = numbers.at_least(kept, int(least.sum()))[0]
+        else:
+            kept = ops.maximum(kept, numbers.constant(least, "int32", kept))
         # Scores are cast to float32 before they are pooled, so that equal weights have equal scores
         # in every precision.
         groups = [
@@ -318,7 +328,7 @@ class Method(Configurable):
             # keeps fewer groups than its minimum, rank all groups again, and keep at least the
             # minimum in every tensor.
             counts = ops.stack([count_all_true(mask) for mask in found])
-            too_few = ops.any(counts < ops.convert_to_tensor(floors, "int32"))
+            too_few = ops.any(counts < numbers.constant(floors, "int32", counts))
             found = guesses.cond(
                 ops.logical_not(too_few & (kept >= int(np.dot(largest, floors)))),
                 lambda: found,
@@ -326,23 +336,20 @@ class Method(Configurable):
             )
         return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]
 
-    def _floors(self, shapes, sizes, together) -> np.ndarray:
-        """Return the minimum number of blocks or channels to keep in every weight tensor.
+    def _floors(self, shapes, layouts, smallest, largest, together) -> np.ndarray:
+        """Return the minimum number of groups, such as blocks, to keep in every weight tensor.
 
-        `sizes` holds the number of weights in every group, or is None if the pattern is
-        `"unstructured"`.
+        `smallest` and `largest` are arrays with the sizes of the smallest and the largest group of
+        every weight tensor.
         """
         if self.min_kept is None and together and self.schedule is not None:
-            floors = allocations.floor_counts(shapes, self.schedule.sparsity)
-            if sizes:
-                # Round each minimum down to whole groups, so that all minimums together are at most
-                # a quarter of the kept weights.
-                floors = floors // [int(n.max()) for n in sizes]
+            # Round each minimum down to whole groups, so that all minimums together are at most a
+            # quarter of the kept weights.
+            floors = allocations.floor_counts(shapes, self.schedule.sparsity) // largest
         else:
-            floors = np.array([self.min_kept or 1] * len(shapes))
-            if sizes:
-                floors = -(-floors // [int(n.min()) for n in sizes])
-        groups = [math.prod(n.shape) for n in sizes] if sizes else [*map(math.prod, shapes)]
+            floors = -(-np.array([self.min_kept or 1] * len(shapes)) // smallest)
+        pattern = Pattern(self.pattern)
+        groups = [math.prod(pattern.groups(*of_weight)) for of_weight in zip(shapes, layouts)]
         return np.clip(floors, 1, groups)
 
     def _check_common(self):
@@ -406,7 +413,7 @@ class Method(Configurable):
             )
 
 
-def length_factor(total: Tensor) -> Tensor:
+def length_factor(total: Tensor | int) -> Tensor | float:
     """Return a factor that grows with the number of steps, from 0.1 to 1 (20,000 steps or more).
 
     Papers chose some settings, such as the gradient noise of FlipOut, for long training runs.
@@ -416,11 +423,13 @@ def length_factor(total: Tensor) -> Tensor:
         total: Number of steps in the training run, or 0 if the number is unknown. If `total` is 0,
             this function returns 1.
     """
+    if is_integer(total):  # On torch, a tensor would need a copy to the device in every step.
+        return float(np.clip(np.float32(total) / np.float32(_LONG), 0.1, 1.0)) if total else 1.0
     steps = ops.cast(total, "float32")
     return numbers.where(steps > 0, numbers.clip(steps / _LONG, 0.1, 1.0), 1.0)
 
 
-def gradient_limit(total: Tensor) -> Tensor:
+def gradient_limit(total: Tensor | int) -> Tensor | float:
     """Return the argument `limit` of `masks.limit_gradient` for a training run with `total`
     steps."""
     return _LARGEST_RATIO * length_factor(total)
@@ -543,7 +552,7 @@ class LayerMethod(Method):
         """
         return masks.with_limited_gradient(effective, mask, self.limit(state))
 
-    def limit(self, state: State) -> Tensor:
+    def limit(self, state: State) -> Tensor | float:
         """Return the `limit` of `masks.limit_gradient` for one weight.
 
         Args:

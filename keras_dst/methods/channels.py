@@ -322,7 +322,7 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
         if not layout.channels:
             found.append(ops.ones(shape, "bool"))
             continue
-        units = pattern.sizes(shape, layout).shape
+        units = pattern.groups(shape, layout)
         on = _of_units(alive, layout.channels.ids)
         found.append(pattern.expand(ops.reshape(on, units), shape, layout))
     return found
@@ -517,7 +517,7 @@ def scales_of(
             places.append(None)
             continue
         found = np.array([position[channel] for channel in ids], "int32")
-        places.append(found.reshape(Pattern("channel").sizes(shape, layout).shape))
+        places.append(found.reshape(Pattern("channel").groups(shape, layout)))
     return Scales([index for index, _ in gammas], places)
 
 

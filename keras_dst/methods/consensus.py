@@ -34,6 +34,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst import masks
+from keras_dst._backend import numbers
 from keras_dst._utils.validation import is_number
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import channels
@@ -188,7 +189,7 @@ class Consensus(UnitMethod):
         units = ops.reshape(margin, (-1,))
         # `ops.top_k` of JAX lowers to an operation that TensorFlow cannot load from a SavedModel.
         lowest = ops.sort(units)[-self.least_units(units.shape[0])]
-        return margin >= ops.minimum(lowest, 0.0)
+        return margin >= numbers.at_most(lowest, 0.0)
 
     def least_units(self, units: int) -> int:
         least = self.min_kept

@@ -193,7 +193,7 @@ class DST(LayerMethod):
         return self.schedule is not None and self.pattern == "channel" and self.couples_channels
 
     def _threshold_shape(self, shape, layout):
-        groups = Pattern(self.pattern).sizes(shape, layout).shape
+        groups = Pattern(self.pattern).groups(shape, layout)
         if self.granularity == "layer":
             return ()
         if self.granularity == "weight":
@@ -216,7 +216,7 @@ class DST(LayerMethod):
             # Keeping a unit because of its channel does not change the gradient of the unit's
             # threshold.
             held = ops.cast(ops.convert_to_tensor(state["held"]), on.dtype)
-            on = on + ops.stop_gradient(ops.maximum(held - on, 0.0))
+            on = on + ops.stop_gradient(numbers.at_least(held - on, 0.0))
         on = Pattern(self.pattern).expand(on, w.shape, layout)
         return self.limited(w * on, on > 0, state)
 
@@ -298,7 +298,7 @@ class DST(LayerMethod):
         return self._with_held(changes, weights, layouts)
 
     def followers_settled(self, step, total):
-        return ops.cast(step, "float32") >= _EXACT * ops.cast(total, "float32")
+        return step >= _EXACT * total
 
     def project(self, weights, states, layouts, kept):
         """Shift all thresholds by the same amount, so that exactly `kept` weights are kept.
@@ -393,4 +393,4 @@ class _Reset(keras.constraints.Constraint):
         t = masks.masked(t, ops.logical_and(alive, ops.isfinite(t)))
         # A threshold below 0 prunes no weights. Training would need additional steps to raise a
         # negative threshold above 0 again.
-        return t if self.method.schedule is None else ops.maximum(t, 0.0)
+        return t if self.method.schedule is None else numbers.at_least(t, 0.0)
