@@ -147,6 +147,7 @@ def test_kept_scores_exceed_the_guessed_threshold(kept, limit, monkeypatch, wron
 
 
 @only_torch
+@pytest.mark.parametrize("first", [None, 1])
 @pytest.mark.parametrize(
     ("scores", "kept"),
     [
@@ -156,12 +157,14 @@ def test_kept_scores_exceed_the_guessed_threshold(kept, limit, monkeypatch, wron
         pytest.param([[1, -np.inf, -np.inf]], 2, id="a threshold at minus infinity"),
     ],
 )
-def test_a_wrong_guess_is_corrected(scores, kept, monkeypatch, wrong_guesses):
+def test_a_wrong_guess_is_corrected(scores, kept, first, monkeypatch, wrong_guesses):
     monkeypatch.setattr(selection, "_SORTED", 100)
     scores = [ops.convert_to_tensor(np.array(s, "float32")) for s in scores]
-    found = jit(masks.top_k)(scores, ops.convert_to_tensor(kept, "int32"))
+    first = first and [first] * len(scores)
+    update = jit(lambda scores, kept: masks.top_k(scores, kept, first=first))
+    found = update(scores, ops.convert_to_tensor(kept, "int32"))
     assert wrong_guesses == [1]
-    expected = masks.top_k(scores, kept)
+    expected = masks.top_k(scores, kept, first=first)
     test_masks.assert_equal(*([ops.convert_to_numpy(m) for m in f] for f in (found, expected)))
 
 

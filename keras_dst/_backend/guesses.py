@@ -75,14 +75,9 @@ def with_guesses(update: Callable) -> Callable:
     return guessing
 
 
-def are_allowed(tensor: Tensor) -> bool:
-    """Return whether conditions that depend on a tensor may be guessed. The function does not read
-    the values of the tensor."""
-    return (
-        keras.backend.backend() == "torch"
-        and _current.get() is not None
-        and devices.on_accelerator(tensor)
-    )
+def are_allowed() -> bool:
+    """Return whether `add` may be called: in a function that `with_guesses` wraps, on PyTorch."""
+    return keras.backend.backend() == "torch" and _current.get() is not None
 
 
 def add(condition: Tensor) -> None:
@@ -96,10 +91,10 @@ def add(condition: Tensor) -> None:
 
 
 def cond(condition: Tensor, usual: Callable, rare: Callable) -> Any:
-    """Return `ops.cond(condition, usual, rare)`. If guesses are allowed, guess the value of
-    `condition` instead of waiting for it."""
+    """Return `ops.cond(condition, usual, rare)`. On an accelerator, guess the value of `condition`
+    instead of waiting for it, if guesses are allowed."""
     guesses = _current.get()
-    if guesses is None or not are_allowed(condition):
+    if guesses is None or not are_allowed() or not devices.on_accelerator(condition):
         return ops.cond(condition, usual, rare)
     is_rare = len(guesses.branches) in guesses.rare
     guesses.branches.append(len(guesses.conditions))

@@ -6,6 +6,8 @@ copied and sorted. The vector of copies has a fixed length, so the host need not
 of copied scores. The selection assumes that each threshold lies between its bounds, and the host
 checks this later (see `guesses.py`). If a threshold lies outside of its bounds, for example because
 a million scores are equal, `ranking.py` searches for the threshold.
+
+On a CPU, this module sorts the scores of small models, which is faster than a search.
 """
 
 import math
@@ -13,7 +15,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_dst._backend import guesses, numbers
+from keras_dst._backend import devices, guesses, numbers
 from keras_dst._backend.jit import (
     add_true,
     count_true,
@@ -25,6 +27,7 @@ from keras_dst._backend.jit import (
 from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores
 
 _SORTED = 1 << 20  # If there are at most this many scores, all scores are sorted.
+_SORTED_ON_CPU = 1 << 16  # On a CPU, a search for the thresholds of more scores is faster.
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
 _DEVIATIONS = 5  # Each bound is this many standard deviations away from the expected threshold.
 # If all tensors are ranked together, most scores between the bounds may belong to a few tensors.
@@ -40,8 +43,10 @@ def is_possible(scores, sizes=None) -> bool:
         scores: Float tensors.
         sizes: Number of weights that each score stands for, or None (see `ranking.top_k`).
     """
-    single = sizes is None or all(np.all(n == 1) for n in sizes)
-    return single and guesses.are_allowed(scores[0])
+    if not guesses.are_allowed() or not (sizes is None or all(np.all(n == 1) for n in sizes)):
+        return False
+    count = sum(math.prod(s.shape) for s in scores)
+    return devices.on_accelerator(scores[0]) or count <= _SORTED_ON_CPU
 
 
 def top_k(scores: Scores, kept, first=None):
