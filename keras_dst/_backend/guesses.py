@@ -62,12 +62,12 @@ def with_guesses(update: Callable) -> Callable:
             if not guesses.conditions:
                 return found
             # Only the following line makes the host wait for the GPU.
-            right = ops.convert_to_numpy(ops.stack(guesses.conditions))
-            if right.all():
+            right = ops.stack(guesses.conditions).tolist()
+            if all(right):
                 return found
             found = None  # Free the results of the wrong guess.
             wrong = {n for n, i in enumerate(guesses.branches) if not right[i]}
-            if len(wrong) < len(right) - right.sum():
+            if len(wrong) < right.count(False):
                 break  # A condition from `add` was false, and `add` has no alternative branch.
             rare.symmetric_difference_update(wrong)
         return update(*args)
