@@ -90,7 +90,7 @@ pictures: $(TEST_READY)
 # tfmot does not accept Keras 3, so the tests that compare with tfmot use a separate environment.
 test-torch: $(TFMOT)/ready
 
-# test-xla compares every method on JAX with the equations, so test-jax does not.
+# test-xla runs tests/test_trajectories.py on JAX, so test-jax does not run this file.
 OTHERS := --ignore=tests/test_notebooks.py
 test-jax: OTHERS += --ignore=tests/test_trajectories.py
 

@@ -16,7 +16,7 @@ from keras import ops
 import keras_dst
 from benchmarks.data import apply_method
 from keras_dst import masks
-from keras_dst._backend import devices, guesses, ranking, selection
+from keras_dst._backend import devices, guesses, numbers, ranking, selection
 from keras_dst._backend.guesses import with_guesses
 from keras_dst._backend.jit import _shared, jit
 from keras_dst._training.drivers import drivers_of
@@ -471,6 +471,22 @@ def test_a_torch_step_waits_and_copies_no_more_than_a_dense_step(name):
 
 
 @functools.cache
+@only_torch
+def test_a_stored_result_is_computed_again_after_an_assignment():
+    calls, variable = [], keras.Variable([1.0, 2.0])
+
+    def doubled(value):
+        calls.append(1)
+        return value * 2
+
+    for values in ([1.0, 2.0], [3.0, 4.0]):
+        variable.assign(values)
+        for _ in range(2):
+            found = numbers.stored_result(doubled, ops.convert_to_tensor(variable))
+            assert found.tolist() == [2 * value for value in values]
+    assert len(calls) == 2
+
+
 def train_small_model(name, policy):
     """Train a small model, and return the number of kept weights and the measured sparsity."""
     method, _, _ = test_contract.METHODS[name]

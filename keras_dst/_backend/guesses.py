@@ -76,7 +76,8 @@ def with_guesses(update: Callable) -> Callable:
 
 
 def are_allowed() -> bool:
-    """Return whether `add` may be called: in a function that `with_guesses` wraps, on PyTorch."""
+    """Return whether conditions may be guessed. This is the case on PyTorch, within a function that
+    `with_guesses` wraps."""
     return keras.backend.backend() == "torch" and _current.get() is not None
 
 

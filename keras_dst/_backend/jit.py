@@ -137,13 +137,16 @@ def tensor_of(x):
 
 def sum_of_squares(x):
     """Return the sum of all squared entries of a tensor, in one pass over the tensor."""
-    flat = ops.reshape(x, (-1,))
-    if keras.backend.backend() == "torch":
-        import torch
+    if keras.backend.backend() != "torch":
+        flat = ops.reshape(x, (-1,))
+        return ops.dot(flat, flat)
+    import torch
 
-        # For a small tensor, `ops.dot` takes ten times as long as `torch.dot`.
-        return torch.dot(flat, flat)
-    return ops.dot(flat, flat)
+    # The squares may be added in any order. If the axes are sorted by their strides, `reshape` need
+    # not copy the tensor.
+    flat = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)
+    # For a small tensor, `ops.dot` takes ten times as long as `torch.dot`.
+    return torch.dot(flat, flat)
 
 
 def mask_in_place(w, mask) -> None:
@@ -200,8 +203,12 @@ def where_in_place(mask, x1, x2, out):
 
 def count_all_true(mask):
     """Return the number of true entries of a boolean tensor, as an int32 scalar."""
-    if keras.backend.backend() != "torch" or mask.numel() % 128:
+    if keras.backend.backend() != "torch":
         return ops.sum(ops.cast(mask, "int32"))
+    if mask.numel() % 128:
+        import torch
+
+        return mask.sum(dtype=torch.int32)
     return ops.sum(count_true(ops.reshape(mask, (-1, 128))))
 
 

@@ -15,11 +15,17 @@ from keras import ops
 
 def where(condition, x1, x2):
     """Return `ops.where(condition, x1, x2)`. At least one of `x1` and `x2` is a Python number."""
-    if keras.backend.backend() == "torch":
-        import torch
+    if keras.backend.backend() != "torch":
+        return ops.where(condition, x1, x2)
+    import torch
 
-        return torch.where(condition, x1, x2)
-    return ops.where(condition, x1, x2)
+    if is_plain(condition):
+        # `torch.where` would create a tensor on the device from a number in each call.
+        (tensor,) = [x for x in (x1, x2) if torch.is_tensor(x)] or [condition]
+        if tensor.is_floating_point():
+            dtype = keras.backend.standardize_dtype(tensor.dtype)
+            x1, x2 = (x if torch.is_tensor(x) else constant(x, dtype, condition) for x in (x1, x2))
+    return torch.where(condition, x1, x2)
 
 
 def clip(x, low, high):
@@ -55,6 +61,31 @@ def constant(value, dtype, like):
 @functools.lru_cache(maxsize=1024)
 def _stored(device, dtype, shape, data):
     return ops.convert_to_tensor(np.frombuffer(data, dtype).reshape(shape).copy())
+
+
+def stored_result(fn, tensor):
+    """Return `fn(tensor)`. On PyTorch, the result is stored until the values of the tensor change,
+    so do not change the result in place.
+
+    Args:
+        fn: Function whose result depends only on the tensor. Pass the same function in each call.
+        tensor: Value of a variable.
+    """
+    if not is_plain(tensor):
+        return fn(tensor)
+    results = _results_of_tensors()
+    version, result = results.get(tensor, {}).get(fn, (None, None))
+    if version != tensor._version:
+        version, result = tensor._version, fn(tensor)
+        results.setdefault(tensor, {})[fn] = version, result
+    return result
+
+
+@functools.cache
+def _results_of_tensors():
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    return WeakIdKeyDictionary()
 
 
 def is_plain(tensor) -> bool:

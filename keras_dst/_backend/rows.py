@@ -130,8 +130,8 @@ class Scores:
             tops = numbers.where(b.owner, highest, -math.inf)
             tops = ops.logical_and(b.owner, highest >= ops.max(tops, axis=1, keepdims=True))
             places = ops.arange(count, dtype="int32")
-            # The highest score of a tensor with NaN is NaN, so no row contains it. Then use the last
-            # row. Without an upper bound, the row index would be invalid.
+            # If a tensor contains NaN, its highest score is NaN, and no row has an equal score. The
+            # result is then the last row, so that the row index is always valid.
             rows = ops.min(numbers.where(tops, places, count - 1), axis=1)
             best = finite(ops.take(s, rows, axis=0))
             yield rows, ops.cast(ops.argmax(best, axis=1), "int32")

@@ -27,7 +27,7 @@ from keras_dst._backend.jit import (
 from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores
 
 _SORTED = 1 << 20  # If there are at most this many scores, all scores are sorted.
-_SORTED_ON_CPU = 1 << 16  # On a CPU, a search for the thresholds of more scores is faster.
+_SORTED_ON_CPU = 1 << 16  # On a CPU, more scores are not sorted, because a search is faster.
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
 _DEVIATIONS = 5  # Each bound is this many standard deviations away from the expected threshold.
 # If all tensors are ranked together, most scores between the bounds may belong to a few tensors.

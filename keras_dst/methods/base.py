@@ -291,7 +291,7 @@ class Method(Configurable):
         if channels.groups_of(layouts):
             return channels.rank(self, scores, layouts, kept)
         if pattern.n_of_m:
-            # Each weight's scores leave the list, so that `n_of_m` can free their memory.
+            # Remove each tensor of scores from the list, so that `n_of_m` can free its memory.
             left, scores, (n, m) = [*scores], (), pattern.n_of_m
             return [masks.n_of_m(left.pop(0), n, m, axis=layout.inputs[-1]) for layout in layouts]
         shapes = [tuple(s.shape) for s in scores]
@@ -558,8 +558,12 @@ class LayerMethod(Method):
         Args:
             state: State of the weight, as a dict of variables.
         """
-        total = ops.convert_to_tensor(state["progress"])[2] if "progress" in state else 0
-        return gradient_limit(self.length(total))
+        if "progress" not in state:
+            return gradient_limit(self.length(0))
+        return numbers.stored_result(self._limit, ops.convert_to_tensor(state["progress"]))
+
+    def _limit(self, progress: Tensor) -> Tensor | float:
+        return gradient_limit(self.length(progress[2]))
 
 
 _full_path = ContextVar("full_path", default=False)

@@ -25,8 +25,8 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
-from keras_dst._backend import random
-from keras_dst._backend.jit import divide_in_place, where_in_place
+from keras_dst._backend import numbers, random
+from keras_dst._backend.jit import divide_in_place, sum_of_squares, where_in_place
 from keras_dst._utils.validation import is_number
 from keras_dst.masks import masked
 from keras_dst.methods.base import SHORT, UpdateMethod, length_factor
@@ -163,13 +163,17 @@ class FlipOut(UpdateMethod):
         noise = length_factor(self.length(total)) if self.noise is None else self.noise
         known = [i for i, grad in enumerate(grads) if grad is not None]
         grads = list(grads)
-        drawn = random.normal([grads[i].shape for i in known], self.seed, step)
-        for i, numbers in zip(known, drawn):
+        if not known:
+            return grads
+        shapes = [grads[i].shape for i in known]
+        drawn = random.normal(shapes, self.seed, step)
+        # Sums of squares overflow in float16.
+        squares = ops.stack([sum_of_squares(ops.cast(grads[i], "float32")) for i in known])
+        sizes = numbers.constant([math.prod(shape) for shape in shapes], "float32", squares)
+        scales = noise * ops.sqrt(squares / sizes)
+        for n, (i, values) in enumerate(zip(known, drawn)):
             grad, mask = grads[i], masks[i]
-            size = math.prod(grad.shape)
-            squares = ops.square(ops.cast(grad, "float32"))  # Sums overflow in float16.
-            scale = noise * ops.sqrt(ops.sum(squares) / size)
-            added = ops.cast(numbers * scale, grad.dtype)
+            added = ops.cast(values * scales[n], grad.dtype)
             grads[i] = grad + (added if mask is None else masked(added, mask))
         return grads
 
