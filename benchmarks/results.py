@@ -55,7 +55,7 @@ def run_missing(benchmark: str, description: str, option: str, names, run, defau
         description: Docstring of the benchmark module, whose first line is shown by `--help`.
         option: Command-line option that lists names, such as `"--nets"`.
         names: Allowed names.
-        run: Function that takes one of the names, measures the network or case of this name, and
+        run: Function that takes a name, measures the network or case with this name, and
             saves the result.
         default: Names to run if the option is not given. Defaults to all names.
     """

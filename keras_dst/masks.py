@@ -210,7 +210,7 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
 
 
 def _largest(kept, limit):
-    """Return the largest allowed magnitude of a pruned entry of a gradient.
+    """Return the limit of the gradients of pruned weights, as an absolute value.
 
     Args:
         kept: Gradient, in which all pruned entries are 0.

@@ -260,7 +260,9 @@ class Geometric(Schedule):
 
     @property
     def jump_count(self) -> int:
-        """Number of jumps of the sparsity, which is defined only if `rate` is given."""
+        """Number of steps at which the sparsity jumps, or 0 if `rate` is None."""
+        if self.rate is None:
+            return 0
         left = (1.0 - self.sparsity) / (1.0 - self.initial_sparsity)
         return max(1, math.ceil(math.log(left) / math.log(1.0 - self.rate) - 1e-9))
 

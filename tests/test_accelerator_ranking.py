@@ -331,8 +331,8 @@ class Operations:
 def operations_of_update(method, widths, monkeypatch):
     """Return a driver, and the counts of PyTorch operations of a mask update and of a measurement
     of the sparsity."""
-    # The ranking sorts all scores of a model only up to a limit. Lower the limit so that this small
-    # model exceeds it.
+    # The ranking sorts all scores of a model only if the model has few weights. Lower the limit, so
+    # that the ranking does not sort the scores of this small model.
     monkeypatch.setattr(selection, "_SORTED", 1 << 15)
     driver = driver_of(method, *widths)
     driver.begin(1000, 1000, 100)

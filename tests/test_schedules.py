@@ -173,6 +173,12 @@ def test_jump_at_a_step(schedule, total, step, expected):
     assert schedule.at(step, total) == expected
 
 
+@pytest.mark.parametrize(("rate", "expected"), [(None, 0), (0.5, 4), (0.9, 1)])
+def test_the_number_of_jumps(rate, expected):
+    schedule = Geometric(0.9, rate=rate)
+    assert schedule.jump_count == len(schedule.jumps(100)) == expected
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 

@@ -151,8 +151,9 @@ class FlipOut(Magnitude):
 
 
 class OptG(Dense):
-    """OptG: train scores v with dL/dv = g w. The learning rate of v is proportional to the current
-    sparsity of the schedule."""
+    """OptG: train scores v with the gradient dL/dv = g * w. In this equation, g is the gradient of
+    the masked weight w. The learning rate of v is proportional to the current sparsity of the
+    schedule."""
 
     def __init__(self, p):
         super().__init__(p)

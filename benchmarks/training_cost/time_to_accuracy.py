@@ -73,9 +73,10 @@ def densities(result) -> list[float]:
 
 
 def operations(result) -> tuple[float, float]:
-    """Count all operations of a training run, and only the operations with nonzero weights.
+    """Return two numbers of operations of a training run: of all operations, and of the operations
+    with nonzero weights.
 
-    Return both numbers relative to the number of operations of one dense epoch.
+    Both numbers are divided by the number of operations of one dense epoch.
     """
     paths = PATHS.get(result["way"], 1)
     left = 0.0

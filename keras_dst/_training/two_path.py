@@ -36,7 +36,8 @@ class TwoPathLoss:
         model: Model that is trained.
         divergence: Function that receives the logits of the pruned path and the logits of the full
             path, with the classes on the last axis. For every vector of logits, the function
-            returns the divergence between both paths. If None, the loss has no divergence term.
+            returns the divergence between the outputs of both paths. If None, the loss has no
+            divergence term.
         on_trace: Function that is called each time Keras traces a training step.
         inner: Original `compute_loss` method, which `TwoPathLoss` replaces.
         takes_training: Whether `inner` takes the argument `training`.

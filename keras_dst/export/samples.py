@@ -19,7 +19,8 @@ from keras_dst.export.states import reset_states
 MAX_SAMPLES = 32
 #: Maximum number of samples of a data set or generator that are used for calibration to int8.
 MAX_CALIBRATION_SAMPLES = 1000
-#: Batch size in the comparison of a file with a Keras model whose batch size is dynamic.
+#: If the batch size of a Keras model is dynamic, batches of this size are used to compare a file
+#: with the model.
 BATCH = 4
 
 _ACCEPTED = (

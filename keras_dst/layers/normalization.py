@@ -34,8 +34,8 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
 
     This layer prunes nothing. For the full path, the layer has a second scale, a second offset and
     second moving statistics. The second set of variables starts as a copy of the first set.
-    Inference uses only the variables of the Keras layer, and `strip` removes the second set of
-    variables.
+    Inference uses only the variables of the Keras layer. `strip` removes the scale, offset and
+    statistics of the full path.
 
     Args:
         method: Method that trains two paths, such as `methods.DCIL(0.9)`. All other arguments are

@@ -39,8 +39,8 @@ class FlipOut(UpdateMethod):
     """Pruning of small weights whose sign keeps flipping, in a few pruning events.
 
     Args:
-        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
-            the sparsity grows in equally spaced pruning events. In a training run of fewer than 20
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. With a number, the
+            sparsity grows in equally spaced pruning events. In a training run of fewer than 20
             epochs, the sparsity grows along a cubic ramp over the first three quarters, unless
             `rate` is passed.
         power: Exponent p of the magnitude. Defaults to 2.
