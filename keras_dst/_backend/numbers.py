@@ -94,6 +94,7 @@ def is_plain(tensor) -> bool:
         return False
     import torch
 
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or torch.is_inference_mode_enabled():
         return False
     return type(tensor) in (torch.Tensor, torch.nn.Parameter)
