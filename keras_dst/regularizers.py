@@ -136,7 +136,7 @@ def _is_scalar_tensor(value) -> bool:
 
 
 def _as_factor(value, x):
-    """Return a number unchanged, and cast a scalar tensor to the type of `x`."""
+    """Return `value` unchanged if it is a number. Cast a scalar tensor to the type of `x`."""
     return ops.cast(value, x.dtype) if _is_scalar_tensor(value) else value
 
 

@@ -329,8 +329,8 @@ class Operations:
 
 
 def operations_of_update(method, widths, monkeypatch):
-    """Return a driver, and the counts of PyTorch operations of a mask update and of a measurement
-    of the sparsity."""
+    """Update the masks of a network, and measure its sparsity. Return the driver, the counts of
+    PyTorch operations of the update, and the counts of the measurement."""
     # The ranking sorts all scores of a model only if the model has few weights. Lower the limit, so
     # that the ranking does not sort the scores of this small model.
     monkeypatch.setattr(selection, "_SORTED", 1 << 15)
@@ -470,7 +470,6 @@ def test_a_torch_step_waits_and_copies_no_more_than_a_dense_step(name):
     assert step.copies == dense.copies + (2 if name == "DCIL" else 0)
 
 
-@functools.cache
 @only_torch
 def test_a_stored_result_is_computed_again_after_an_assignment():
     calls, variable = [], keras.Variable([1.0, 2.0])
@@ -487,6 +486,7 @@ def test_a_stored_result_is_computed_again_after_an_assignment():
     assert len(calls) == 2
 
 
+@functools.cache
 def train_small_model(name, policy):
     """Train a small model, and return the number of kept weights and the measured sparsity."""
     method, _, _ = test_contract.METHODS[name]

@@ -27,8 +27,8 @@ INF, NAN = math.inf, math.nan
 
 @pytest.fixture(autouse=True, scope="module")
 def only_searches():
-    """Let `top_k` search for thresholds. On PyTorch, `top_k` would otherwise sort few scores, which
-    tests/test_accelerator_ranking.py tests."""
+    """Let `top_k` always search for thresholds. On PyTorch, `top_k` usually sorts the scores of
+    small models. tests/test_accelerator_ranking.py tests sorting."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "_SORTED_ON_CPU", 0)
         yield

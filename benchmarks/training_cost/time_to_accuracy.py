@@ -73,8 +73,8 @@ def densities(result) -> list[float]:
 
 
 def operations(result) -> tuple[float, float]:
-    """Return two numbers of operations of a training run: of all operations, and of the operations
-    with nonzero weights.
+    """Return the number of all operations of a training run, and the number of its operations with
+    nonzero weights.
 
     Both numbers are divided by the number of operations of one dense epoch.
     """

@@ -93,9 +93,9 @@ def add(condition: Tensor) -> None:
 
 def cond(condition: Tensor, usual: Callable, rare: Callable) -> Any:
     """Return `ops.cond(condition, usual, rare)`. On an accelerator, guess the value of `condition`
-    instead of waiting for it, if guesses are allowed."""
+    if guesses are allowed, so that the host need not wait for the value."""
     guesses = _current.get()
-    if guesses is None or not are_allowed() or not devices.on_accelerator(condition):
+    if guesses is None or not devices.on_accelerator(condition):
         return ops.cond(condition, usual, rare)
     is_rare = len(guesses.branches) in guesses.rare
     guesses.branches.append(len(guesses.conditions))
