@@ -123,7 +123,8 @@ def test_multilayer_perceptron(tmp_path, density, block, expected):
     check(report, model, path)
     assert encodings(report) == expected
     # A stored value needs 4 bytes, and an index needs 1 or 2 bytes. With 1x4 blocks, four values
-    # share one index. Everything else in the file needs at most 8,000 bytes.
+    # share one index. The rest of the file, for example biases and names, needs at most 8,000
+    # bytes.
     per_weight = {"csr": 6, "1x4": 4.5, "csr+densify": 6, "dense": 4}[expected[0]]
     assert report.bytes < report.dense_bytes * density * per_weight / 4 + 8000
 

@@ -99,5 +99,5 @@ def test_im2col_shares_equal_constants():
     model = read(encode(dense, {weight.buffer: format for weight in weights(read(dense))}))
     integers = [t for t in model.subgraphs[0].tensors if t.type == schema.TensorType.INT32]
     # The file contains 20 integer constants: one for the paddings, and 19 for the slices. The
-    # slices have nine arrays of begins, nine arrays of ends, and one shared array of steps.
+    # slices use nine arrays of start indices, nine arrays of end indices, and one array of strides.
     assert len(integers) == 1 + 9 + 9 + 1

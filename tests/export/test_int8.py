@@ -175,10 +175,10 @@ def largest_rounding_error(kernel, x):
     """Return an upper bound of the error of `x @ kernel`, divided by the largest output, if both
     factors are rounded to int8.
 
-    Let ``dx`` and ``dw`` be the rounding errors of an input ``x`` and a weight ``w``. The product
-    of the rounded values then has the error ``dx w + x dw + dx dw``. Each rounding error is at most
-    half a quantization step. The sum of the magnitudes of these three terms is an upper bound of
-    the error.
+    Let ``dx`` and ``dw`` be the rounding errors of an input ``x`` and a weight ``w``. The error of
+    the rounded product is ``(x + dx) (w + dw) - x w = dx w + x dw + dx dw``. Each rounding error is
+    at most half a quantization step. The sum of the magnitudes of the three terms is an upper bound
+    of the error.
     """
     steps_w = np.abs(kernel).max(axis=0) / 127
     steps_x = np.abs(x).max(axis=1, keepdims=True) / 127

@@ -25,7 +25,8 @@ def network():
 
 @pytest.fixture
 def files(monkeypatch):
-    """Do not convert or time a model. The latency of a model is computed from its FLOPs."""
+    """Replace the conversion and the timing of models: compute each latency from the FLOPs of the
+    model."""
 
     def convert(model, kinds):
         return [keras_dst.report(model).dense_flops]

@@ -128,8 +128,8 @@ def gated(*squeeze):
 def network(*steps, size=16, channels=3, also=()):
     """Return a file with one graph. The functions in ``steps`` add ops to the graph, in order.
 
-    ``also`` contains indices of ``steps``. The results of the steps with these indices are
-    additional outputs of the file.
+    If ``also`` contains the index of a function in ``steps``, the tensor that this function returns
+    is an additional output of the file.
     """
     graph = File().graph()
     x = y = graph.tensor([1, size, size, channels])
@@ -170,11 +170,11 @@ BODY = (entry, depthwise(), pointwise)
 SQUEEZE = (pointwise, unary("LOGISTIC"))
 ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
 
-# A region is a part of a graph that XNNPACK can run in NCHW layout. MIDDLES maps a name to the ops
-# in the middle of a region, and to the expected behavior of LiteRT 2.3. The AVX of the CPU is
-# hidden from LiteRT. "on" means that XNNPACK runs the region with sparse kernels. "off" means that
-# XNNPACK does not use sparse kernels. "wrong" means that XNNPACK runs the region and computes wrong
-# outputs.
+# A region is a part of a graph that XNNPACK can run in NCHW layout. MIDDLES maps the name of a test
+# case to two values: the ops in the middle of a region, and the expected behavior of LiteRT 2.3.
+# The AVX of the CPU is hidden from LiteRT. "on" means that XNNPACK runs the region with sparse
+# kernels. "off" means that XNNPACK does not use sparse kernels. "wrong" means that XNNPACK runs the
+# region and computes wrong outputs.
 MIDDLES = {
     "nothing": ([], "on"),
     "activations": ([unary("RELU"), unary("HARD_SWISH"), unary("LOGISTIC"), unary("SIN")], "on"),
@@ -283,9 +283,9 @@ def test_no_region_without_densify():
     ids=["L2_NORMALIZATION", "LOG_SOFTMAX"],
 )
 def test_ops_that_xnnpack_may_run_later_count_as_wrong(step):
-    """The verdict is also "wrong" for ops that XNNPACK does not run in LiteRT 2.3.
+    """`verdict` also returns "wrong" for ops that LiteRT 2.3 does not run in XNNPACK.
 
-    Other versions of XNNPACK may run such ops, and then compute wrong results.
+    Other versions of XNNPACK may run such ops and compute wrong results.
     """
     assert verdict(network(*BODY, step, pointwise, mean)) == "wrong"
 

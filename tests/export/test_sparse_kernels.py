@@ -76,8 +76,8 @@ WRITTEN = {
         integers("CONV_2D", CONV_INTEGERS), Objective("size")
     ).content,
 }
-#: RULES maps a name to a file and to its expected verdict. In all files of RULES, DENSIFY ops
-#: unpack the sparse weights.
+#: RULES maps the name of a test case to a `.tflite` file and to the result that `verdict` must
+#: return. In all files of RULES, DENSIFY ops unpack the sparse weights.
 RULES = {
     f"{kind}: {name}": (unpacked(network(*BODY, *before, *steps, *after)), verdict)
     for kind, cases, before, after in (
@@ -95,8 +95,8 @@ FILES = WRITTEN | {name: content for name, (content, _) in RULES.items()}
 
 @pytest.fixture(scope="module", params=[no_avx, arm64], ids=["AVX hidden", "ARM emulated"])
 def outputs(request, tmp_path_factory):
-    """Return the outputs of each file on this CPU, and on the CPU without AVX with each op
-    resolver."""
+    """Return the outputs of each file on this CPU and on a second CPU, which has no AVX or is an
+    emulated ARM CPU. On the second CPU, each file runs once with each op resolver."""
     cpu = request.param
     if cpu.obstacle():
         pytest.skip(cpu.obstacle())
