@@ -94,9 +94,10 @@ def test_values_and_gradients(layout, shape, gates):
 @pytest.mark.parametrize(
     ("method", "units", "expected"),
     [
-        (Consensus(0.5), 120, 43),  # The minimum is sqrt(0.5) / 2 * 120 = 42.4 units, rounded up.
-        (Consensus(0.98), 120, 9),  # The minimum is sqrt(0.02) / 2 * 120 = 8.5 units, rounded up.
-        (Consensus(0.96), 40, 4),  # The minimum is sqrt(0.04) / 2 * 40 = 4 units.
+        # The default minimum is sqrt(1 - sparsity) / 2 times the number of units, rounded up.
+        (Consensus(0.5), 120, 43),  # sqrt(0.5) / 2 * 120 = 42.4
+        (Consensus(0.98), 120, 9),  # sqrt(0.02) / 2 * 120 = 8.5
+        (Consensus(0.96), 40, 4),  # sqrt(0.04) / 2 * 40 = 4
         (Consensus(0.98), 6, 2),
         (Consensus(0.98), 1, 1),
         (Consensus(Constant(0.96)), 40, 4),
@@ -434,7 +435,8 @@ def test_trajectory_of_consensus_equals_the_equations(monkeypatch):
         largest = 10 * np.sqrt((g["w1"][:, z > 0] ** 2).mean())
         limited = np.where(z > 0, g["w1"], g["w1"].clip(-largest, largest))
         to_z = (limited * p["w1"]).sum(0)
-        # Add the gradient of the polarization penalty mean(z (1 - z)).
+        # Add the gradient of the polarization penalty mean(z * (1 - z)) with respect to the gate
+        # values z.
         to_z += 0.5 * (1 - 2 * z) / n
         to_z += 4.0 * 2 * (z.mean() - 0.4) / n
         optimizer.step(p, {**g, "w1": g["w1"] * z, "logit": to_z * pi * (1 - pi)})

@@ -240,7 +240,8 @@ def on_both_paths(model, x):
 
 
 class OneNumber(layers.Layer):
-    """A layer that adds a loss, which differs between the pruned path and the full path."""
+    """A layer that adds the mean of its inputs to the loss. This mean changes if the weights of an
+    earlier layer are pruned."""
 
     def call(self, x):
         self.add_loss(ops.mean(x))
@@ -309,7 +310,7 @@ def test_loss_of_several_outputs():
     kl += 3 * divergence(*two, 2.0)[0].mean()
     weighted = np.dot([1, 3, 5], np.add(task(pruned), task(full)))
     np.testing.assert_allclose(logs["loss"], [weighted + kl], rtol=1e-4)
-    # The loss that the logs report for each output is computed on the pruned path.
+    # The logs report the loss of each output. This loss is computed with the pruned weights.
     np.testing.assert_allclose(logs["number_loss"], [task(pruned)[2]], rtol=1e-4)
 
 
@@ -398,7 +399,8 @@ def test_trajectory_equals_the_equations():
 
 
 class Watch(keras.callbacks.Callback):
-    """Callback that records after each step whether the two paths learn from each other."""
+    """Callback that records after each step whether the divergence between the outputs of the
+    pruned and the dense weights is a part of the loss."""
 
     def __init__(self):
         super().__init__()
@@ -421,7 +423,8 @@ def test_divergence_starts_after_the_warm_up(warmup):
     assert watch.coupled == [float(step / 50 >= warmup) for step in range(1, 51)]
 
 
-# Exclude the recurrent model: XLA takes minutes to compile the two paths of this model.
+# Exclude the recurrent model: DCIL runs the model twice, with pruned and with dense weights, and
+# XLA takes minutes to compile both runs.
 @every(32)
 @pytest.mark.parametrize("kind", [kind for kind in models.MODELS if kind != "recurrent"])
 def test_training_of_every_kind_of_model(kind, tmp_path):
@@ -471,7 +474,8 @@ def test_training_with_dropout_in_two_parts_equals_one_fit():
     for a, b in zip(whole.variables, parts.variables):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
     drawn = whole.layers[1].seed_generator.state.numpy()[1]
-    # In each step, the pruned path and the full path draw separate dropout masks.
+    # In each step, the model runs twice, with pruned and with dense weights, and draws a dropout
+    # mask in each run.
     assert drawn == 2 * int(whole.optimizer.iterations)
 
 
@@ -534,7 +538,7 @@ def test_a_training_step_without_compute_loss_raises():
             fit(model, random(16 * steps, 5), random(16 * steps, 3))
 
 
-# Keras warns that the variables of the full (unpruned) path get no gradients.
+# Keras warns that the variables of the unpruned network get no gradients.
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_training_without_the_callback_raises():
     x, y = random(32, 5), RNG.integers(0, 3, 32)

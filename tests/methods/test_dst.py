@@ -58,7 +58,8 @@ SINGLE = [
     ("layer", KERNEL, (3, 2, 4, 5), (), (0, 1, 2, 3)),
     ("weight", KERNEL, (6, 4), (6, 4), ()),
 ]
-# GROUPED has the columns of SINGLE, and two more: the pattern and the shape of a block.
+# GROUPED has the columns of SINGLE, a column for the pattern, and a column for the shape of a
+# block.
 GROUPED = [
     # The pattern 1x4 splits 6 inputs into a block of 4 weights and a block of 2 weights.
     ("unit", KERNEL, (6, 4), (4,), (0,), "1x4", (4, 1)),
@@ -112,7 +113,9 @@ def margins(w, t, block):
 def reference(w, t, g, block):
     """Return the mask and the gradients with respect to the weights and to the thresholds.
 
-    For a block of n weights, dL/dw = g m + sum(g w) S'(Q) sign(w)/n and dL/dt = -sum(g w) S'(Q).
+    A block has n weights w, a mask m, a threshold t and a margin Q. The gradient of the masked
+    weights is g, and the derivative of the step function is S'. The gradients are
+    dL/dw = g m + sum(g w) S'(Q) sign(w)/n and dL/dt = -sum(g w) S'(Q).
     """
     q = margins(w, t, block)
     mask, to_w, to_t = np.zeros(w.shape), np.zeros(w.shape), np.zeros(q.shape)
@@ -191,7 +194,8 @@ def test_golden_gradients():
     to_w, to_t = gradients(
         lambda w, t: DST().apply(w, {"threshold": t}, KERNEL), [tensor(w), tensor(t)], tensor(g)
     )
-    # dL/dw = g (m + |w| S'), and dL/dt = -sum(g w S'), where the sum is over one column.
+    # The gradient of a weight is g (m + |w| S'). The gradient of a threshold is -sum(g w S'),
+    # summed over one column.
     np.testing.assert_allclose(to_w, [[1.5, 0.2], [1.0, 1.8]], rtol=1e-6)
     np.testing.assert_allclose(to_t, [-0.5 + 1.0, -0.2 + 0.8], rtol=1e-6)
 
@@ -402,9 +406,9 @@ def test_invalid_arguments_raise(arguments, message):
 
 
 def test_no_layer_masks_a_unit_of_a_kept_channel():
-    # Both weight tensors have one unit for channel 0. In the first tensor, this unit is below its
-    # threshold, but it is kept, because the second tensor keeps channel 0. The last unit of the
-    # second tensor belongs to no group of coupled channels and is always kept.
+    # Each of the two weight tensors has one unit that belongs to channel 0. In the first tensor,
+    # this unit is below its threshold, but it is kept, because the second tensor keeps channel 0.
+    # The last unit of the second tensor belongs to no group of coupled channels and is always kept.
     method = DST(0.5, pattern="channel")
     groups = ChannelGroups([2], np.zeros((1, 2, 2)), np.ones((1, 2)))
     layouts = [Layout(channels=Channels(ids, groups)) for ids in ([0, 1], [1, 0, -1])]
@@ -420,9 +424,9 @@ def test_no_layer_masks_a_unit_of_a_kept_channel():
     def forward(threshold):
         return method.apply(weights[0], {**states[0], "threshold": threshold}, layouts[0])
 
-    # In the first tensor, the kept unit and the pruned unit both have the margin Q = -0.5. At this
-    # margin, the derivative of the step function is 0.4. Each unit has 3 weights, so the gradient
-    # is -3 * 0.4 = -1.2.
+    # In the first tensor, the kept unit and the pruned unit both have the margin Q = -0.5. The
+    # derivative of the step function at -0.5 is 0.4. Each unit has 3 weights, so the gradient is
+    # -3 * 0.4 = -1.2.
     (found,) = gradients(forward, [states[0]["threshold"]], tensor(np.ones((3, 2))))
     np.testing.assert_allclose(found, [-1.2, -1.2], rtol=1e-5)
 

@@ -65,8 +65,8 @@ def test_scores_with_revival_use_the_dense_weights():
 
 # -- rank ------------------------------------------------------------------------------------------
 
-# The 3 entries of the second weight tensor are so small that a global ranking keeps only `min_kept`
-# of them.
+# In the second weight tensor, the 3 entries are very small, so a global ranking keeps only
+# `min_kept` entries of this tensor.
 LAYERS = [random(2, 2, 3, 5), random(1, 3, scale=1e-3, seed=1)]
 
 
