@@ -21,8 +21,8 @@ slow = pytest.mark.slow
 #: Pytest mark of tests that compile a training step in every test case. Compilation takes most of
 #: the test time. With the mark `every(n)`, `make test` runs all test cases on PyTorch, but only
 #: every n-th test case on TensorFlow and JAX. One counter counts the marked test cases of all tests
-#: in a file. TensorFlow and JAX run different test cases of a file. With `every(0)`, `make test`
-#: runs a test only on PyTorch. With `every(1)`, `make test` runs all test cases on each backend.
+#: in a file. TensorFlow and JAX do not run the same test cases. With `every(0)`, `make test` runs a
+#: test only on PyTorch. With `every(1)`, `make test` runs all test cases on each backend.
 #: `make test-all` runs all cases on all backends.
 every = pytest.mark.every
 

@@ -119,8 +119,8 @@ def pytest_collection_modifyitems(items):
         elsewhere = item.get_closest_marker("once") or item.get_closest_marker("slow")
         if mark is None or only_here or elsewhere:
             continue
-        # Each test case with the mark `every(n)` adds 1 / n to the sum of its file. The test case
-        # runs if the sum then reaches or passes a whole number.
+        # `shares` contains a sum for each test file. A test case with the mark `every(n)` adds 1/n
+        # to the sum of its file. The test case runs if the sum reaches or passes a whole number.
         (n,) = mark.args
         before = shares.get(item.path, start)
         shares[item.path] = after = before + (Fraction(1, n) if n else 0)

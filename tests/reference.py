@@ -89,8 +89,10 @@ def gradients(x, y, p):
 
 
 class Momentum:
-    """SGD with momentum, as in Keras, for a dict of weights: `v = momentum v - rate g`, `w = w +
-    v`.
+    """SGD with momentum, as in Keras, for a dict of weights.
+
+    A step with the gradient g updates the velocity, `v = momentum * v - rate * g`, and adds the
+    velocity to the weight.
     """
 
     def __init__(self, p, rate=0.1, momentum=0.9):

@@ -84,7 +84,8 @@ def searches(monkeypatch):
 def wrong_guesses(searches):
     """Return a list with one entry for each wrong guess of the thresholds.
 
-    After a wrong guess, the ranking searches for the thresholds, so the list counts searches.
+    The ranking searches for the thresholds after each wrong guess, so this fixture returns the list
+    of searches.
     """
     return searches
 
@@ -178,13 +179,12 @@ def driver_of(method, *widths, use_bias=False):
     model.compile(apply_method(method, model, keras.optimizers.SGD(0.1)), "mse")
     (driver,) = drivers_of(model)
     for layer in getattr(driver, "layers", []):
-        layer.traced_both_paths = True  # In a training step, DCIL sets `traced_both_paths` itself.
+        layer.traced_both_paths = True  # `SparseTraining` sets this in `fit`.
     return driver
 
 
-# METHODS maps a name to a method, and to the largest number of passes that a mask update of this
-# method may need. A pass reads or writes every weight once, in float32, and moves four bytes per
-# weight.
+# METHODS maps a name to a method and to a limit for the memory traffic of a mask update, in passes.
+# A pass is one read or one write of all weights in float32, which is four bytes per weight.
 METHODS = {
     "Magnitude": (keras_dst.methods.Magnitude(0.9), 20),
     "FlipOut": (keras_dst.methods.FlipOut(0.9), 20),
@@ -255,7 +255,7 @@ class Operations:
         launched: Number of operations, without operations that only return a view of a tensor.
         moved: Number of bytes that the operations read and write.
         waits: Number of times that the host reads a value from the device.
-        copies: Number of copies from the host to the device, each of a number or an array.
+        copies: Number of copies from the host to the device. A copied array counts as one copy.
         peak: Largest number of bytes that new tensors needed at the same time. Temporary memory
             within an operation is not counted.
     """
@@ -329,10 +329,10 @@ class Operations:
 
 
 def operations_of_update(method, widths, monkeypatch):
-    """Update the masks of a network, and measure its sparsity. Return the driver, the counts of
-    PyTorch operations of the update, and the counts of the measurement."""
-    # The ranking sorts all scores of a model only if the model has few weights. Lower the limit, so
-    # that the ranking does not sort the scores of this small model.
+    """Update the masks of a network, and measure its sparsity. Return the driver and two
+    `Operations` objects: the operations of the update and the operations of the measurement."""
+    # The ranking sorts all scores of a model only if the model has few weights. Lower the largest
+    # number of weights to sort, so that the ranking does not sort the scores of this small model.
     monkeypatch.setattr(selection, "_SORTED", 1 << 15)
     driver = driver_of(method, *widths)
     driver.begin(1000, 1000, 100)
@@ -389,9 +389,9 @@ def test_an_update_of_small_weights_waits_once(name, pattern):
     first, later = Operations(), Operations()
     with first.counted():
         driver.begin(1000, 1000, 100)
-    # The host also reads the step of the optimizer, and the step and length of the schedule. RigL
-    # computes a mask update on the assumption that an earlier update exists. For the first update,
-    # this assumption is wrong, so RigL computes the update again and waits once more.
+    # The host also reads three values: the step of the optimizer, the step of the schedule, and the
+    # length of the schedule. RigL guesses that a mask update is not the first update. If this guess
+    # is wrong, RigL computes the update again, and the host waits once more.
     assert first.waits <= 4 + (name == "RigL")
     driver.advance(250)
     with later.counted():
@@ -425,7 +425,8 @@ def test_the_copies_to_the_device_do_not_grow_with_the_number_of_layers(name, pa
 @only_torch
 @pytest.mark.parametrize("name", ["Magnitude", "RigL"])
 def test_an_optimizer_step_holds_one_copy_of_the_weights(name):
-    # The step first creates masked gradients and frees them, and then creates masked weights.
+    # An optimizer step creates masked gradients, frees the masked gradients, and then creates
+    # masked weights.
     kernels = [keras.Variable(np.ones((64, 64), "float32"), name=f"kernel_{i}") for i in range(3)]
     method = getattr(keras_dst.methods, name)(0.9)
     optimizer = keras_dst.SparseOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), method)
@@ -510,8 +511,8 @@ def test_mixed_precision_gives_the_same_sparsity(name, policy):
     kept, removed = train_small_model(name, policy)
     expected, expected_removed = train_small_model(name, "float32")
     if test_contract.METHODS[name][0].learned:
-        # In both training runs, the result may differ from the target by the FLOPs of one unit. One
-        # unit has up to 2 % of the FLOPs of the model.
+        # In each of the two training runs, the removed FLOPs may differ from the target by the
+        # FLOPs of one unit. One unit has up to 2 % of the FLOPs of the model.
         assert removed == pytest.approx(expected_removed, abs=0.04)
     else:
         assert kept == expected

@@ -41,8 +41,9 @@ def test_global_and_uniform_give_equal_densities(allocation):
     ("shapes", "density", "expected"),
     [
         # The ERK density of a weight tensor is proportional to sum(shape) / prod(shape): here 8/16
-        # and 16/64, a ratio of 2:1. The allocation keeps 20 of the 80 weights. Let d be the second
-        # density. The first density is then 2d, and 16 * 2d + 64 d = 20 gives d = 5/24.
+        # and 16/64, a ratio of 2:1. The allocation keeps 20 of the 80 weights. If d is the density
+        # of the second weight tensor, the density of the first weight tensor is 2 d. The equation
+        # 16 * 2 d + 64 d = 20 gives d = 5/24.
         ([(4, 4), (8, 8)], 0.25, [10 / 24, 5 / 24]),
         # The ERK densities of the two weight tensors are proportional to 20/100 and 2000/1e6. The
         # first density would be 9.9, which is more than 1, so the first weight tensor stays dense.
@@ -202,11 +203,11 @@ def test_an_invalid_layer_name_in_an_allocation_raises(name):
 @pytest.mark.parametrize(
     ("shapes", "sparsity", "expected"),
     [
-        # With ERK, the two tensors would keep 13.3 and 26.7 weights. Each tensor must keep at least
-        # a quarter of its number, rounded down.
+        # With ERK, the two tensors would keep 13.3 and 26.7 weights. The minimum for each tensor is
+        # a quarter of the number that ERK would keep, rounded down.
         ([(10, 10), (30, 10)], 0.9, [3, 6]),
-        # With ERK, the two tensors would keep 0.4 and 9.6 weights. Each tensor must keep at least a
-        # quarter of its number, rounded down, and at least 1 weight.
+        # With ERK, the two tensors would keep 0.4 and 9.6 weights. A quarter of these numbers,
+        # rounded down, is 0 and 2. The minimum for each tensor is at least 1 weight.
         ([(4, 4), (100, 100)], 0.999, [1, 2]),
         ([(1, 2), (100, 100)], 0.0, [1, 2500]),
     ],

@@ -82,7 +82,7 @@ def check_agreement(model, history, sparse_training, target, tolerance=0.02):
 
 
 # If `first` is True, `SparseTraining` is the first callback. Otherwise, `SparseTraining` is the
-# last callback. `make test` runs the second order with one method only, and skips two patterns.
+# last callback. `make test` tests `first=False` with only one method, and skips two patterns.
 BOTH_ORDERS = [
     pytest.param(
         name,

@@ -348,9 +348,9 @@ def test_dst_meets_a_target_in_flops():
     keras_dst.strip(model)
     small = keras_dst.shrink(model)
     before, after = keras_dst.report(model), keras_dst.report(small)
-    # Channels are pruned in multiples of 8. In the residual sum, 8 of the 32 channels need 14 % of
-    # the FLOPs or less. The remaining FLOPs may therefore differ from the target by up to 14 % of
-    # all FLOPs.
+    # Channels are pruned in multiples of 8. The residual sum has 32 channels, and 8 of these
+    # channels need at most 14 % of the FLOPs of the model. The remaining FLOPs may therefore differ
+    # from the target by up to 14 % of all FLOPs.
     assert after.dense_flops / before.dense_flops == pytest.approx(0.5, abs=0.14)
 
 

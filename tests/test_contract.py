@@ -341,7 +341,8 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     else:
         # Keras may call `compute_loss` once more with symbolic inputs.
         assert len(traces) - after_two <= 1
-        # A trace calls `compute_loss` twice if the method has two paths.
+        # If a method trains both the pruned and the dense network, a trace calls `compute_loss`
+        # twice.
         calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1
         assert after_two <= 2 * calls + 1
 

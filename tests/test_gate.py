@@ -83,7 +83,8 @@ def test_values_and_gradients_of_a_logit():
     upstream = np.float32([1.0, 2.0, -3.0])
     (found,) = gradients(gated, [ops.convert_to_tensor(logit)], ops.convert_to_tensor(upstream))
     pi = 1 / (1 + np.exp(-logit))
-    # The straight-through estimator uses 1 as the derivative dz/dpi, even for closed gates.
+    # The straight-through estimator uses 1 as the derivative of a gate with respect to its
+    # probability pi, even for closed gates.
     np.testing.assert_allclose(found, upstream * inputs.sum((0, 2)) * pi * (1 - pi), rtol=1e-5)
 
 
@@ -223,8 +224,8 @@ def test_the_loss_of_gates_has_polarization_and_budget_terms():
             h = h * means[-1]
     g, c = np.concatenate(means), np.repeat([2, 1, 5], [6, 6, 1])
     assert 0 < g[:6].mean() < 1
-    # At the first step, the target cost still equals the cost with all gates open, so their ratio
-    # is 1.
+    # At the first step, the target cost still equals the cost with all gates open. The ratio of the
+    # target cost to the cost with all gates open is therefore 1.
     expected = 3 * (g * (1 - g)).mean() + 7 * ((c * g).sum() / c.sum() - 1) ** 2
     assert losses[-1] == pytest.approx(expected, rel=1e-3)
 

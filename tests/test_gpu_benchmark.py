@@ -1,4 +1,4 @@
-"""Tests of the GPU benchmark, run on a CPU: one row per method, an error if no GPU is found."""
+"""Tests of the GPU benchmark on a CPU: printed lines, time limit, and the error without a GPU."""
 
 import keras
 import pytest

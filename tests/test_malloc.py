@@ -18,7 +18,8 @@ from tests.backends import once
 # The program frees a block of 64 MiB under each memory policy, and prints whether the process keeps
 # the block. By default, glibc returns a freed block of this size to the operating system. The
 # program runs in a process of its own and imports no backend. In a process with a large heap, glibc
-# may place the block in a gap of the heap. Such a block is kept under every memory policy.
+# may place the block in a gap of the heap. The process then keeps the freed block under every
+# memory policy.
 PROGRAM = """
 import importlib.util, mmap, os, pathlib, sys
 
@@ -90,8 +91,8 @@ class Observe(keras.callbacks.Callback):
 
 @pytest.fixture
 def policy(monkeypatch):
-    """Replace the functions that set the memory policy. The replacements only set
-    `policy["kept"]`."""
+    """Replace the functions that set the memory policy. Instead of setting the memory policy, each
+    replacement stores a boolean in `policy["kept"]`."""
     policy = {"kept": False}
     monkeypatch.setattr(malloc, "keep_freed_memory", lambda: policy.update(kept=True))
     monkeypatch.setattr(malloc, "return_freed_memory", lambda: policy.update(kept=False))

@@ -87,8 +87,7 @@ def test_step_derivative(dtype):
     slope = np.array([slope for _, _, slope in STEP])
     upstream = np.resize([1.0, -0.5, 4.0], len(STEP))
     (found,) = gradients(masks.step, [x], tensor(upstream, dtype))
-    # Rounding changes x by up to |x| eps/2. The derivative 2 - 4|x| then changes by up to four
-    # times this amount.
+    # Rounding changes x by up to |x| eps/2. The derivative 2 - 4|x| then changes by up to 2|x| eps.
     allowed = np.abs(upstream) * EPSILON[dtype] * (2 * np.abs(array(x)) + 1) * (slope > 0)
     assert (np.abs(found - upstream * slope) <= allowed).all(), (found, upstream * slope)
 
@@ -281,8 +280,8 @@ def test_golden_blocks():
     np.testing.assert_array_equal(pattern.sizes((5, 3)), [[4, 4, 4], [1, 1, 1]])
 
     # At most six weights may be kept. The blocks with the scores 6 and 2.5 contain 1 + 4 = 5
-    # weights and are kept. With the four weights of the block with the score 2, nine weights would
-    # be kept.
+    # weights and are kept. The block with the score 2 contains four weights, which would raise the
+    # number of kept weights to nine.
     (groups,) = top_k([array(scores)], 6, [pattern.sizes((5, 3))])
     np.testing.assert_array_equal(groups, [[1, 0, 0], [1, 0, 0]])
     mask = pattern.expand(ops.convert_to_tensor(groups), (5, 3))
@@ -547,8 +546,8 @@ def test_top_k_compiled_by_xla():
 
 def test_top_k_stops_at_the_first_group_that_does_not_fit():
     # At most 5 weights may be kept. The two groups with the highest scores contain 2 + 1 = 3
-    # weights. With the third group, 6 weights would be kept. The ranking therefore stops after two
-    # groups. The fourth group, which has only 1 weight, is not kept either.
+    # weights. The third group would raise the number of kept weights to 6, so the ranking stops
+    # after two groups. The fourth group, which has only 1 weight, is not kept either.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 
@@ -622,10 +621,12 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
 
 @pytest.fixture
 def small_rows(monkeypatch):
-    """Let `top_k` use small rows, bundles and slabs, and return scores that need several of each.
+    """Reduce the sizes of rows, bundles and slabs in `top_k`, and return scores that need several
+    rows, several bundles and several slabs.
 
     `top_k` arranges all scores in rows. Small tensors are combined in bundles of rows, and the rows
-    of a large tensor are divided into slabs. Some of the rows, bundles and slabs are partly full.
+    of a large tensor are divided into slabs. The scores do not fill all rows, bundles and slabs
+    completely.
     """
     small = {
         "ROW_WIDTH": 4,

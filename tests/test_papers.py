@@ -138,8 +138,8 @@ def test_a_run_in_three_pieces_equals_a_run_in_one_piece(method, tiny, tmp_path)
     for _ in range(2):
         with pytest.raises(Paused):  # The deadline has passed, so each call trains one epoch.
             train("three", deadline=0.0)
-    # In this loop, the first call trains the last epoch. The second call finds the finished run in
-    # the backup and trains nothing.
+    # The first of the next two calls trains the last epoch. The second call finds the finished run
+    # in the backup and trains nothing.
     for _ in range(2):
         resumed, found = train("three", deadline=0.0)
         for a, b in zip(model.get_weights(), resumed.get_weights(), strict=True):

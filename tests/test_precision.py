@@ -31,7 +31,8 @@ METHODS = {
     "set": methods.SET(0.8),
     "rigl": methods.RigL(0.8),
 }
-# `make test` combines only these methods, one of each family, with all pairs of dtypes.
+# FAMILIES contains one method of each family. `make test` tests only the methods in FAMILIES, each
+# with all pairs of dtypes.
 FAMILIES = ("dst-target", "dcil", "consensus", "magnitude", "rigl")
 # Pairs of dtypes: the first dtype is for the first layer of a model, and the second dtype is for
 # the normalization and the second dense layer.

@@ -24,10 +24,10 @@ def runs_of(folder):
 
 
 def figure(accuracies, pattern, sparsity, epochs, net, dense, source):
-    """Return the figures of the most accurate method.
+    """Return the accuracy and the settings of the most accurate method.
 
-    If the accuracies of this method and of Magnitude differ by at most the sum of their standard
-    deviations, return the figures of Magnitude.
+    If the mean accuracy of Magnitude is lower by at most the sum of the standard deviations of both
+    methods, return the accuracy of Magnitude instead.
     """
 
     def deviation(name):

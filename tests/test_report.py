@@ -89,7 +89,8 @@ def test_report_of_a_small_convolutional_model():
         # The convolution has 5 x 5 = 25 output positions.
         layers.Conv2D(8, 3, strides=2, padding="same"),
         layers.BatchNormalization(),
-        # 3 x 3 = 9 output positions; with 2 groups, each filter reads 8 / 2 channels.
+        # The convolution has 3 x 3 = 9 output positions. With 2 groups, each filter reads 8 / 2 = 4
+        # channels.
         layers.Conv2D(6, 3, groups=2),
         # The padding is "same", so the layer has 3 x 3 = 9 output positions.
         layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same"),

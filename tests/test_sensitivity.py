@@ -337,7 +337,7 @@ def test_allocations_match_weights_by_name():
     names = [row.name for row in found.weights]
     sizes = [row.parameters for row in found.weights]
     expected = 1 - np.array([shares[name] for name in names])
-    # The name "a" is a part of both other names.
+    # The name "a" is a part of the names "a+b" and "x/net/a".
     for order in (shares, dict(reversed(shares.items()))):
         kept = densities(order, [(n, 1) for n in sizes], 0.5, names)
         np.testing.assert_array_equal(kept, expected)

@@ -268,7 +268,8 @@ def test_shrink_concatenation_depthwise_and_multiplication():
 
 
 def sequential(shape, *stack):
-    """Return a network of the given layers and an output layer. None of its channels is dead."""
+    """Return a network of the given layers and an output layer. No channel of the network is
+    dead."""
     return randomize(
         keras.Sequential([keras.Input(shape), *stack, layers.Flatten(), layers.Dense(2)])
     )
@@ -296,10 +297,10 @@ def test_shrink_separable_convolutions():
 
 @once
 def test_shrink_of_wide_separable_convolutions_needs_little_memory():
-    """`shrink` never computes the product of a depthwise and a pointwise kernel.
+    """`shrink` never multiplies a depthwise kernel and a pointwise kernel.
 
-    This product would have nine times as many entries as the pointwise kernel. In float64, the
-    product would need eighteen times as much memory as the pointwise kernel in float32.
+    The product of the two kernels would have nine times as many entries as the pointwise kernel. A
+    product in float64 would need eighteen times as much memory as a pointwise kernel in float32.
     """
     model = sequential(
         (6, 6, 512),

@@ -124,8 +124,8 @@ def test_pages_of_methods_omit_empty_columns(site):
 
 
 def test_the_reference_shows_the_default_value_of_every_argument(site):
-    """In the table of arguments, each argument has its own row. A row for several arguments would
-    show no default value."""
+    """In the table of arguments, each argument has its own row. If two arguments shared a row, the
+    table would show no default value for these arguments."""
     page = (site / "methods/rigl/index.html").read_text()
     rows = re.findall(r'<tr class="doc-section-item">(.*?)</tr>', page, re.DOTALL)
     rows = [re.sub(r"<[^>]+>|\s", "", row) for row in rows]

@@ -88,9 +88,9 @@ class Revival(Magnitude):
 class DST(Dense):
     """DST in NumPy: a weight is kept if its magnitude exceeds the threshold of its unit.
 
-    The thresholds are trained with the long-tailed derivative of the step function and the penalty
-    alpha sum exp(-t). The thresholds are reset to 0 if at most 1 % of the weights of a layer
-    remain.
+    The thresholds t are trained with the long-tailed derivative of the step function. The factor
+    `alpha` scales the penalty sum(exp(-t)). The thresholds are reset to 0 if at most 1 % of the
+    weights of a layer remain.
     """
 
     alpha = 0.02
@@ -151,15 +151,15 @@ class FlipOut(Magnitude):
 
 
 class OptG(Dense):
-    """OptG: train scores v with the gradient dL/dv = g * w. In this equation, g is the gradient of
-    the masked weight w. The learning rate of v is proportional to the current sparsity of the
-    schedule."""
+    """OptG: train a score for each weight. The gradient of the score is the weight times the
+    gradient of the masked weight. The learning rate of the scores is proportional to the current
+    sparsity of the schedule."""
 
     def __init__(self, p):
         super().__init__(p)
         self.v = {n: np.zeros_like(p[n]) for n in KERNELS}
-        # `fast` contains scores that are trained with the learning rate of the weights. Whenever
-        # `fast` changes, the scores `v` change by `rate` times the same amount.
+        # `fast` contains scores that are trained with the learning rate of the weights. If a step
+        # changes a score in `fast` by d, the same score in `v` changes by `rate * d`.
         self.fast = {n: np.zeros_like(p[n]) for n in KERNELS}
         self.of_v = Momentum(self.fast, RATE)
         self.rate = 0.0
