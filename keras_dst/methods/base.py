@@ -180,8 +180,8 @@ class Method(Configurable):
             states: One dict per weight, with the mask and other tensors that the method stores for
                 the weight.
             layouts: Input and output axes of each weight.
-            kept: Number of weights to keep, as an int32 vector. The vector has either one entry per
-                weight tensor, or a single entry: the total over all weight tensors.
+            kept: Number of weights to keep, as an int32 vector with one entry per weight tensor. If
+                all weight tensors are ranked together, the vector has a single entry: the total.
             now: Step, training progress and target sparsity of the mask update.
         """
         new = self.rank(self.scores(weights, states), layouts, kept)
@@ -231,7 +231,7 @@ class Method(Configurable):
         """Return whether biases and normalization scales of pruned channels must be 0 at a step.
 
         For a model with coupled channels, this function is called in every optimizer step, or at
-        every mask update of a `LayerMethod`. By default, the function returns True.
+        every mask update of a `LayerMethod`. By default, this function returns True.
 
         Args:
             step: Number of finished optimizer steps: an int32 tensor, or an integer for a
@@ -261,7 +261,7 @@ class Method(Configurable):
             shapes: Shapes of all weights that the method prunes.
             layouts: Input and output axes of each weight.
             sparsity: Fraction of zeros over all weights.
-            names: Paths of the weights. The paths are needed only if the allocation is a dict.
+            names: Variable paths of the weights, needed only if the allocation is a dict.
         """
         final = self.schedule.sparsity if self.schedule else None
         pattern = Pattern(self.pattern)
@@ -295,7 +295,7 @@ class Method(Configurable):
             left, scores, (n, m) = [*scores], (), pattern.n_of_m
             return [masks.n_of_m(left.pop(0), n, m, axis=layout.inputs[-1]) for layout in layouts]
         shapes = [tuple(s.shape) for s in scores]
-        together = kept.shape[0] == 1  # A single entry of `kept` is the total of all tensors.
+        together = kept.shape[0] == 1  # A single entry is the total of all weight tensors.
         ranges = [pattern.size_range(*of_weight) for of_weight in zip(shapes, layouts)]
         smallest, largest = np.array(ranges).T
         floors = self._floors(shapes, layouts, smallest, largest, together)
@@ -304,13 +304,13 @@ class Method(Configurable):
         if (smallest != largest).any() or (together and (largest != ranked).any()):
             sizes = [pattern.sizes(*of_weight) for of_weight in zip(shapes, layouts)]
         elif pattern.grouped:
-            # All groups of a ranking have the same size, so rank the groups as single weights.
+            # All groups that are ranked together have the same size, so count groups, not weights.
             kept = kept // numbers.constant(ranked, "int32", kept)
             largest = np.ones_like(largest)
-        # `kept` is a number of weights, but the minimums in `floors` are numbers of groups, such as
-        # blocks. Groups can differ in size. Even if the ranking selects only the largest groups,
-        # `kept` must allow the minimum number of groups. `kept` is therefore at least the minimum
-        # times the size of the largest group.
+        # `kept` counts weights, but `floors` counts groups of weights, such as blocks. The groups
+        # of a tensor can differ in size, and the ranking may select only the largest groups. `kept`
+        # is therefore raised to at least the minimum number of groups times the size of the largest
+        # group.
         least = largest * (floors if self.min_kept else 1)
         if together:
             kept = numbers.at_least(kept, int(least.sum()))[0]
@@ -414,16 +414,19 @@ class Method(Configurable):
 
 
 def length_factor(total: Tensor | int) -> Tensor | float:
-    """Return a factor that grows with the number of steps, from 0.1 to 1 (20,000 steps or more).
+    """Return a factor in [0.1, 1] that grows with the number of training steps.
 
-    Papers chose some settings, such as the gradient noise of FlipOut, for long training runs.
-    In shorter training runs, methods multiply such settings by this factor.
+    The factor is 1 for 20,000 steps or more, and 0.1 for 2,000 steps or fewer. In the papers, some
+    settings, such as the gradient noise of FlipOut, are chosen for long training runs. Methods
+    multiply these settings by the factor.
 
     Args:
         total: Number of steps in the training run, or 0 if the number is unknown. If `total` is 0,
             this function returns 1.
     """
-    if is_integer(total):  # On torch, a tensor would need a copy to the device in every step.
+    # For an integer, compute a float. On torch, a tensor would be copied to the device in every
+    # step.
+    if is_integer(total):
         return float(np.clip(np.float32(total) / np.float32(_LONG), 0.1, 1.0)) if total else 1.0
     steps = ops.cast(total, "float32")
     return numbers.where(steps > 0, numbers.clip(steps / _LONG, 0.1, 1.0), 1.0)
@@ -459,8 +462,8 @@ class LayerMethod(Method):
 
     Attributes:
         undecayed: Names of the trainable states to which the optimizer applies no weight decay.
-        snapshots: Dict that names the states which are copies of other states. With `{"a": "b"}`,
-            the state `"a"` becomes a copy of the state `"b"` after every mask update.
+        snapshots: Dict that maps the name of a state to the name of the state that it copies. With
+            `{"a": "b"}`, the state `"a"` becomes a copy of the state `"b"` after every mask update.
     """
 
     undecayed: tuple[str, ...] = ()
@@ -539,11 +542,11 @@ class LayerMethod(Method):
         return masks.masked(w, self.mask(w, state, layout))
 
     def limited(self, effective: Tensor, mask: Tensor, state: State) -> Tensor:
-        """Return a masked weight unchanged, but limit the gradients of its pruned entries.
+        """Return a masked weight unchanged, and limit the gradients of its pruned entries.
 
         A method calls this function if it trains pruned weights, scores or thresholds with the
         gradient of the masked weight. The limit is 10 times the root mean square of the gradients
-        of kept weights. In a training run of fewer than 20,000 steps, the limit is lower.
+        of kept weights. The gradient limit is lower in a training run of fewer than 20,000 steps.
 
         Args:
             effective: Masked weight that the forward pass uses.
@@ -608,8 +611,8 @@ class TwoPathMethod(LayerMethod):
         """Return the weight for the path that is being computed: the pruned path, or the full path
         if `on_full_path()` is True.
 
-        By default, the weight is `w * mask` on the pruned path. On the full path, the weight is
-        `w`, and kept weights get no gradient.
+        By default, the pruned path uses `w * mask`. The full path uses `w`, and its loss sends no
+        gradient to kept weights.
         """
         mask = self.mask(w, state, layout)
         if on_full_path():
@@ -617,7 +620,8 @@ class TwoPathMethod(LayerMethod):
         return masks.masked(w, mask)
 
     def path_divergence(self, state: State) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Return a function that penalizes different outputs of the pruned path and the full path.
+        """Return a function that penalizes differences between the outputs of the pruned path and
+        the full path.
 
         The training callback calls this function once when training begins. The returned function
         takes the logits of the pruned path and of the full path, with the classes on the last axis.
@@ -628,7 +632,7 @@ class TwoPathMethod(LayerMethod):
         base class does.
 
         Args:
-            state: Dict of the variables that the method stores for its first pruned weight.
+            state: Variables that the method stores for the first pruned weight, as a dict.
         """
         return None
 
@@ -774,8 +778,7 @@ class UpdateMethod(Method):
     reads_scales = False
 
     def init(self, kernels: Sequence, steps: int | None) -> list[dict[str, tuple[str, str]]]:
-        """Return one dict per weight that describes the tensors which the method stores in addition
-        to the mask.
+        """Return one dict per weight: the tensors that the method stores in addition to the mask.
 
         The optimizer calls this function when the optimizer is built, and again when the number of
         training steps is known. The dict maps the name of each tensor to `(initial value, dtype)`.
@@ -791,10 +794,10 @@ class UpdateMethod(Method):
     def before(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
-        """Return the weights and gradients for the inner optimizer, and a third value for `after`.
+        """Return weights and gradients for the inner optimizer, and a value that `after` receives.
 
-        The third value can have any type, such as the list of signs that `FlipOut` passes to
-        `after`. By default, the gradients of pruned weights become 0.
+        The value for `after` can have any type. `FlipOut`, for example, passes a list of signs. By
+        default, the gradients of pruned weights become 0.
 
         Args:
             weights: All weights that the method prunes.
@@ -811,8 +814,7 @@ class UpdateMethod(Method):
         step: Tensor,
         total: Tensor,
     ) -> Sequence[Tensor | None]:
-        """Return changed gradients of all trainable variables. Variables without a mask are
-        included.
+        """Return changed gradients of all trainable variables, with or without a mask.
 
         By default, the gradients do not change.
 
@@ -833,7 +835,7 @@ class UpdateMethod(Method):
         them.
 
         Args:
-            carry: The third value that `before` returned in the same step.
+            carry: The value for `after` that `before` returned in the same step.
             weights: All weights that the method prunes, after the step of the inner optimizer.
             states: One dict per weight, with the mask and other tensors that the method stores for
                 the weight.

@@ -208,7 +208,7 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         shapes: Shapes of all weights that the method prunes.
         layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
             output units.
-        names: Paths of the weights. The paths are needed only if the allocation is a dict.
+        names: Variable paths of the weights, needed only if the allocation is a dict.
         sparsity: Sparsity at the current step.
     """
     target = 1 - sparsity
@@ -246,8 +246,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         low, high = (middle, high) if share(rounded(middle)) <= target else (low, middle)
     counts, more = rounded(low), rounded(high)
     # Round the channel counts by the largest-remainder method, beginning with the group that has
-    # the largest remainder. A group gets the channel count of the density `high` if the kept
-    # fraction of the model is then closer to the target.
+    # the largest remainder. For each group, take the channel count at the density `high` if this
+    # brings the kept fraction of the model closer to the target.
     remainder = exact(high) / step - np.floor(exact(high) / step)
     for group in np.argsort(-remainder, kind="stable"):
         trial = counts.copy()
@@ -367,8 +367,8 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
         units.append(pooled / numbers.where(scale > 0, scale, 1.0))
     # `every` holds the scores of all output units, followed by a 0. Row c of `places` lists the
-    # positions in `every` of the units that compute channel c. Short rows of `places` are padded
-    # with the position of the final 0 in `every`.
+    # units that compute channel c, as positions in `every`. Short rows of `places` are padded with
+    # the position of the final 0 in `every`.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     sums = ops.sum(ops.take(every, numbers.constant(places, "int32", every)), axis=1)
@@ -381,7 +381,7 @@ def per_unit(
     found: Sequence[Tensor],
     layouts: Sequence[Layout],
 ) -> list[Tensor]:
-    """Apply `function` to each ranking, and return one value per output unit.
+    """Apply `function` per group of channels or per weight, and return one value per output unit.
 
     For coupled channels, `function` is called once per group, with the saliency of each channel.
     Without coupled channels, `function` is called once per weight tensor, with the mean score of
@@ -421,9 +421,9 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     """Return a boolean vector that is True for kept channels and has one additional True at its
     end.
 
-    The additional last entry stands for output units that are always kept. The channel index of
-    these units is -1. All weights that compute a channel have the same mask for the channel, so
-    only the first weight is read.
+    Output units that are always kept have the channel index -1, which selects the additional True.
+    All weights that compute a channel have the same mask for the channel, so only the first weight
+    is read.
 
     Args:
         found: Boolean masks that a ranking returned, one mask per weight.
@@ -466,9 +466,9 @@ class Scales(NamedTuple):
 
     Attributes:
         variables: Indices of the optimizer's trained variables that store normalization scales.
-        places: For each weight, the position of every output unit's scale in the concatenation of
-            all `variables`. The positions form an integer array that broadcasts to the weight. A
-            weight without scales has None.
+        places: One integer array per weight: the position of each output unit's scale in the
+            concatenation of all `variables`. The shape of the array broadcasts to the shape of the
+            weight. For a weight without scales, the array is None.
     """
 
     variables: list[int]
@@ -576,11 +576,11 @@ def shifts(
         kept: Result of `kept_counts` for a global ranking, as a tensor.
 
     Returns:
-        A tuple `(common, rises, limits)`: amounts by which thresholds rise. If all thresholds rose
-        by `common`, the model would keep as many channels as the target requires. `rises` holds the
-        amount by which each threshold rises. `limits` holds the largest amount by which each
-        threshold can rise while its group keeps the minimum number of channels. For units that are
-        always kept, `rises` and `limits` are 0.
+        A tuple `(common, rises, limits)`. If all thresholds rose by `common`, the model would keep
+        as many channels as the target requires. `rises` holds the amount by which each threshold
+        rises. `limits` holds the largest amount by which each threshold can rise while its group
+        keeps the minimum number of channels. For units that are always kept, `rises` and `limits`
+        are 0.
     """
     groups = _required(layouts)
     largest = largest_of_units(margins, layouts)
@@ -593,7 +593,8 @@ def shifts(
     for group, (values, stays) in enumerate(zip(parts, groups.split(is_best))):
         below = ops.max(numbers.where(stays, _LOWEST, values))
         above = ops.min(numbers.where(stays, values, -_LOWEST))
-        # The new threshold is halfway between two margins, so that rounding errors have no effect.
+        # The rise is halfway between the largest margin of a pruned channel and the smallest margin
+        # of a kept channel, so that rounding errors have no effect.
         between = ops.where(below > _LOWEST, (below + above) / 2, above - small)
         fits = ops.logical_and(below <= 0, above > 0)
         rises.append(numbers.where(fits, 0.0, between))
@@ -608,12 +609,11 @@ def shifts(
 
 
 def _in_shapes(values: Tensor, like: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
-    """Return the value of every output unit's channel, as tensors with the shapes of those in
-    `like`.
+    """Return, for every output unit, the value of its channel, in tensors shaped like `like`.
 
     Args:
-        values: Vector with one entry per channel. An additional last entry applies to all units
-            that are always kept.
+        values: Vector with one entry per channel, and a last entry for all units that are
+            always kept.
         like: Tensors with the shapes of the result: one tensor per weight, with one entry per
             output unit.
         layouts: One `masks.Layout` per weight, with the axes of the weight and the channels of its
@@ -630,8 +630,8 @@ def _of_units(values: Tensor, ids: np.ndarray) -> Tensor:
     """Return one value per output unit: the value of the channel that the unit computes.
 
     Args:
-        values: Vector with one entry per channel. An additional last entry applies to all units
-            that are always kept.
+        values: Vector with one entry per channel, and a last entry for all units that are
+            always kept.
         ids: Index of the channel that each unit computes, or -1 if the unit is always kept.
     """
     places = np.where(ids < 0, values.shape[0] - 1, ids)
@@ -693,11 +693,11 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
 
 @functools.lru_cache(maxsize=16)
 def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of the output units that compute each channel, and their number.
+    """Return the indices and the number of the output units that compute each channel.
 
     The output units of all weights with coupled channels have consecutive indices. The returned
-    matrix has one row of unit indices per channel. Short rows are padded with an index that no unit
-    has: the total number of units.
+    matrix has one row of unit indices per channel. Short rows are padded with the total number of
+    units, which is not the index of any unit.
     """
     every = np.concatenate([layout.channels.ids for layout in layouts if layout.channels])
     total = len(_required(layouts).owner)

@@ -14,8 +14,9 @@ channel, the corresponding inputs of the next layers are removed. For a subclass
 that contains `layers.Gate`, the cost is `sum(c g)`, as in the paper. Each term of the sum is the
 cost c of a structure times its gate g.
 
-Sparse layers compute `pi = sigmoid(logit)`, with a trainable logit per structure. `layers.Gate`
-also has trainable logits, or uses the paper's gating module, which computes pi from the input.
+Sparse layers compute `pi = sigmoid(logit)`, with a trainable logit per structure. By default,
+`layers.Gate` computes pi in the same way. With `dependent=True`, the gating module of the paper
+computes pi from the input of the layer.
 
 Deviations: A gate with a trainable logit has the same value z for all inputs, so its batch mean g
 is also z. In inference, a gating module ignores its input. A gate is open if its running mean is at
@@ -42,7 +43,7 @@ from keras_dst.methods.base import UnitMethod
 from keras_dst.regularizers import Budget, Polarization
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-# When `project` closes a gate, the logit or running mean ends at least this far below the decision
+# `project` closes a gate by moving its logit or running mean at least this far below the decision
 # boundary.
 _EDGE = 1e-3
 
@@ -155,7 +156,7 @@ class Consensus(UnitMethod):
         return {"logit": logit, **self.build_budget(layer, name)}
 
     def build_budget(self, layer, name: str):
-        """Create three layer variables: the cost of one entry, the target cost and the schedule
+        """Create layer variables for the cost per weight entry, the target cost and the schedule
         position."""
         state = {
             key: layer.add_weight(

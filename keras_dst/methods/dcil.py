@@ -1,6 +1,6 @@
 """Dynamic Collective Intelligence Learning (arXiv 2109.04660, ACM MM 2023).
 
-Every step runs two forward paths with the same weights and the same mask:
+Every step runs the model twice, with the weights `w` and the mask `m`:
 
 ```text
 pruned path p:  forward with w * m    dL/dw = g_p m             used for inference
@@ -10,19 +10,19 @@ loss = CE(p) + CE(f) + T**2 (KL(stop(f) || p) + KL(stop(p) || f))        softmax
 
 The two paths have separate statistics, scales and offsets of batch normalization. The KL terms are
 added to the loss after a warm-up. Every 16 steps, a new mask keeps the weights with the largest
-`|w|`, at the sparsity
+`|w|`. The sparsity of this mask is:
 
 ```text
 s_t = s (1 - (1 - t / T_p)**3)
 ```
 
-Each KL term trains one path. The logits of the other path are its constant target, as in the
-authors' code. Variables without a mask, such as biases, receive gradients from both paths.
+Each KL term trains one path, with the logits of the other path as a constant target. The authors'
+code does the same. Variables without a mask, such as biases, receive gradients from both paths.
 
 Deviation from the paper: the sparsity increases every few steps instead of every epoch. Extensions
 of the paper: other allocations, blocks and N:M patterns, and a minimum number of weights in every
 layer. For a binary output, the KL terms treat the output as two classes. If the model has several
-outputs, the KL terms are weighted like the losses and added.
+outputs, the loss weight of an output also applies to its KL term.
 """
 
 from __future__ import annotations

@@ -213,8 +213,8 @@ class DST(LayerMethod):
         magnitude = w * ops.stop_gradient(ops.sign(w))
         on = masks.step(self._margin(magnitude, state, layout))
         if "held" in state:
-            # Keeping a unit because of its channel does not change the gradient of the unit's
-            # threshold.
+            # A unit below its threshold can be kept together with its channel. The added term is a
+            # constant, so the gradient of the threshold does not change.
             held = ops.cast(ops.convert_to_tensor(state["held"]), on.dtype)
             on = on + ops.stop_gradient(numbers.at_least(held - on, 0.0))
         on = Pattern(self.pattern).expand(on, w.shape, layout)
@@ -259,13 +259,13 @@ class DST(LayerMethod):
         last gap - gap = drift + response alpha
         ```
 
-        `drift` is the decrease of the gap per mask update if alpha is 0. Training and the schedule
-        cause this decrease. If alpha is 1, the gap decreases by `drift + response` per mask update.
-        The controller estimates `drift` and `response` by exponentially weighted least squares. The
-        gap and `drift` are measured in the unit of the weights, and alpha is measured in the unit
-        of the loss. Each update sets alpha so that the gap to the target sparsity shrinks by the
-        fraction `_GAP_SHARE` until the next update. If the model keeps too few weights, alpha is
-        negative.
+        `drift` is the decrease of the gap per mask update if alpha is 0. This decrease comes from
+        the training of the weights and from the schedule of the sparsity. If alpha is 1, the gap
+        decreases by `drift + response` per mask update. The controller estimates `drift` and
+        `response` by exponentially weighted least squares. The gap and `drift` are measured in the
+        unit of the weights, and alpha is measured in the unit of the loss. Each update sets alpha
+        so that the gap to the target sparsity shrinks by the fraction `_GAP_SHARE` until the next
+        update. If the model keeps too few weights, alpha is negative.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
         # At the end of training (progress 1), `update` does not shift the thresholds. After the
@@ -336,11 +336,11 @@ class DST(LayerMethod):
         As in a global ranking, every layer keeps at least a minimum number of weights.
 
         Returns:
-            A tuple `(gap, shifts, limits)` of threshold shifts. If all thresholds were shifted by
-            `gap`, the model would meet the target sparsity. `shifts` lists how far the thresholds
-            of each layer are shifted. `limits` lists, for each layer, the largest shift that leaves
-            the minimum number of weights. For coupled channels, each entry of `shifts` and `limits`
-            is a tensor with one shift per threshold.
+            A tuple `(gap, shifts, limits)`. If all thresholds were shifted by `gap`, the model
+            would meet the target sparsity. `shifts` lists how far the thresholds of each layer are
+            shifted. `limits` lists, for each layer, the largest shift that leaves the minimum
+            number of weights. For coupled channels, each entry of `shifts` and `limits` is a tensor
+            with one shift per threshold.
         """
         if channels.groups_of(layouts):
             units = self._unit_margins(weights, states, layouts)
@@ -356,8 +356,8 @@ class DST(LayerMethod):
         lowest = ops.unstack(masks.kth(margins, least_kept), len(shapes))
         limits = []
         for w, margin, low in zip(weights, margins, lowest):
-            # If all weights of a layer have the same margin Q, no margin exceeds `low`. A limit
-            # slightly below the common margin then keeps all weights of the layer.
+            # If all weights of a layer have the same margin Q, no margin exceeds `low`. The limit
+            # is then slightly below Q, so that all weights of the layer are kept.
             edge = ops.minimum(
                 ops.min(numbers.where(margin > low, margin, _ALWAYS)), ops.max(margin)
             )

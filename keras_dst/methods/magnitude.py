@@ -44,14 +44,14 @@ class Magnitude(UpdateMethod):
             mean score of its weights. Defaults to `"unstructured"`.
         revival: If True, pruned weights are still trained, and a later mask update can restore
             them. Defaults to False.
-        score: Saliency of a weight. `"magnitude"` is `|w|`. `"lamp"` is the square of the weight,
-            divided by a sum of squares. The sum covers the weight itself and all weights of the
-            same layer that are not smaller in magnitude. LAMP scores of different layers are
-            comparable, so the score fits `allocation="global"`. `"taylor"` is the moving average of
-            `(w dL/dw)**2` over the batches. This score estimates how much the loss changes if the
-            weight becomes 0. `"bn_scale"` is the magnitude of the scale in the normalization layer
-            that follows the weight. `"bn_scale"` needs `pattern="channel"`. Weights that no
-            normalization layer follows are ranked by `|w|`. Defaults to `"magnitude"`.
+        score: Saliency of a weight. `"magnitude"` is `|w|`. `"lamp"` is `w**2`, divided by the sum
+            of the squares of all weights in the layer with a magnitude of at least `|w|`. LAMP
+            scores of different layers are comparable, so the score fits `allocation="global"`.
+            `"taylor"` is the moving average of `(w dL/dw)**2` over the batches. This score
+            estimates how much the loss changes if the weight becomes 0. `"bn_scale"` is the
+            magnitude of the scale in the normalization layer that follows the weight. `"bn_scale"`
+            needs `pattern="channel"`. Weights that no normalization layer follows are ranked by
+            `|w|`. Defaults to `"magnitude"`.
         frequency: Number of training steps from one mask update to the next, or `"epoch"` for one
             update per epoch. Defaults to None, which means 100 steps. In a short training run, the
             default interval is shorter, so that the masks are updated about 20 times.

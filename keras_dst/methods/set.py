@@ -52,8 +52,8 @@ class SET(UpdateMethod):
         allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`:
             `"erk"`, `"uniform"`, or a dict that maps weight names or regular expressions to
             sparsities. With `"uniform"`, the first weight tensor stays dense if its size is at most
-            a quarter of the number of weights that the model keeps. All remaining weight tensors
-            are then pruned more, so that the total sparsity does not change. Defaults to `"erk"`.
+            a quarter of the number of weights that the model keeps. All other weight tensors are
+            then pruned more, so that the total sparsity does not change. Defaults to `"erk"`.
         pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
             single weights. `"1x4"` prunes blocks of 1 output and 4 inputs. `"channel"` prunes
             output channels. Defaults to `"unstructured"`.
@@ -76,7 +76,7 @@ class SET(UpdateMethod):
             `Magnitude`. Defaults to 8.
         groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to
             None.
-        seed: Seed of the random connections. Defaults to 0.
+        seed: Seed of the random numbers that choose the weights to keep. Defaults to 0.
 
     Raises:
         ValueError: If an argument is outside its range, if `pattern` is N:M, or if `allocation` is
@@ -218,8 +218,8 @@ class SET(UpdateMethod):
         stay = [ops.logical_and(b, mask) for b, mask in zip(began, stay)]
         new = self.rank(self.growth_scores(stay, began, states, now), layouts, kept)
         # A weight has grown if the new mask keeps the weight, but the mask in `stay` does not.
-        # Before the first update, `began` and all masks in `stay` are False, and no weight counts
-        # as grown.
+        # In the first update, `began` and all masks in `stay` are False, so no weight counts as
+        # grown.
         changes = [
             {"mask": m, "grown": ops.logical_and(m, ops.not_equal(s, b))}
             for m, s, b in zip(new, stay, began)
@@ -249,7 +249,7 @@ class SET(UpdateMethod):
 def rank_first(masks, scores):
     """Return float32 scores in which all weights that the masks keep rank above all other weights.
 
-    On torch, the results overwrite the scores.
+    On torch, the returned scores overwrite the scores that the caller passes.
     """
     scores = (ops.cast(s, "float32") for s in scores)
     return [
