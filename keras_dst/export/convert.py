@@ -335,8 +335,9 @@ def _logs_to(stream: IO[str]) -> Iterator[None]:
     finally:
         for handler, own in zip(handlers, before):
             handler.setStream(own)
-        # If a message was logged inside the context, Python may have added a handler to the root
-        # logger. Remove this handler, because it writes to `stream`, which is closed afterwards.
+        # If a message was logged inside the `with` block, Python may have added a handler to the
+        # root logger. Remove this handler, because it writes to `stream`, which is closed
+        # afterwards.
         for new in logging.root.handlers[:]:
             if isinstance(new, logging.StreamHandler) and new.stream is stream:
                 logging.root.removeHandler(new)
@@ -377,8 +378,8 @@ def _conversion_error(failure: _Failure, layers: Collection[str]) -> ExportError
 def _unsupported_ops(output: str, layers: Collection[str]) -> list[str]:
     """Return one text for each unsupported op that the converter's log lists.
 
-    The text contains the name of the op and, if the log contains them, its path, its layer and its
-    data types.
+    The text contains the name of the op. The text also contains the path, the layer and the data
+    types of the op if the log contains this information.
     """
     found: dict[str, str] = {}
     for line in output.splitlines():

@@ -82,17 +82,18 @@ def values(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
     """Return the dense array of a sparse tensor in any encoding of TensorFlow Lite.
 
-    The encoding describes first the axes of the tensor, and then the axes inside a block. The field
-    `traversalOrder` lists both kinds of axes, from the outermost to the innermost. Each axis is
-    encoded as dense or as sparse. For a sparse axis, the file stores the indices of the nonempty
-    entries, as in CSR.
+    The encoding numbers the axes of the tensor first, and then the axes inside a block. The field
+    `traversalOrder` lists the axes of the tensor and the axes inside a block, from the outermost to
+    the innermost. Each axis is encoded as dense or as sparse. For a sparse axis, the file stores
+    the indices of the nonempty entries, as in CSR.
     """
     sparsity, rank = tensor.sparsity, len(shape(tensor))
-    # Positions of the stored entries along the last axis that the loop below has read. When the
-    # loop ends, the positions are indices into `entries`.
+    # Each iteration of the loop below reads one axis. `positions` contains the position of each
+    # stored entry along the last axis that was read. After the loop, `positions` contains indices
+    # into `entries`.
     positions = np.zeros(1, np.int64)
-    # List with one array per axis that the loop has read: the index of each stored entry along the
-    # axis.
+    # `found` contains one array for each axis that was read. The array contains the index of each
+    # stored entry along this axis.
     found: list[np.ndarray] = []
     for axis in sparsity.dimMetadata:
         if axis.format == schema.DimensionType.DENSE:

@@ -56,7 +56,7 @@ class Format:
             nonzero values are stored. With a block size of 1, the weight is stored in CSR. With a
             block size of 0, the weight is stored dense.
         unpack: Whether DENSIFY and DEQUANTIZE ops compute a dense float weight once, when the file
-            is loaded. If False, ops read the stored sparse or int8 values directly.
+            is loaded. If `unpack` is False, ops read the stored sparse or int8 values directly.
         int8: Whether the values are quantized to int8. Defaults to False.
         im2col: Whether CONV_2D is replaced by FULLY_CONNECTED, the only op that reads a sparse
             weight directly. Defaults to False.
@@ -346,8 +346,8 @@ def _compressed_axis(rows: np.ndarray, columns: np.ndarray) -> schema.DimensionM
 def _indices(values: np.ndarray) -> tuple[int, object]:
     """Convert integers to a vector of the smallest possible type.
 
-    Return the code that the schema defines for the type of the vector, and the vector as an object
-    of the schema.
+    Return the code of the vector's type in the schema, and an object of the schema's class for this
+    type.
     """
     kinds = schema.SparseIndexVector
     largest = values.max()

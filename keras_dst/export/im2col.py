@@ -1,10 +1,10 @@
 """Replace CONV_2D by slices of its input and one FULLY_CONNECTED op (im2col).
 
-FULLY_CONNECTED can read a sparse weight directly, and CONV_2D cannot. For a 3x3 kernel, for
-example, nine STRIDED_SLICE ops cut nine shifted images out of the padded input. The nine images are
-concatenated along the channel axis. Each pixel of the concatenated image contains all input values
-from which the convolution computes one output pixel. If the kernel is 1x1 and the stride is 1, the
-input is not sliced.
+FULLY_CONNECTED can read a sparse weight directly, but CONV_2D cannot. For a 3x3 kernel, for
+example, nine STRIDED_SLICE ops cut nine shifted images out of the padded input. A CONCATENATION op
+joins the nine shifted images along the channel axis. Each pixel of the joined image contains all
+input values from which the convolution computes one output pixel. If the kernel is 1x1 and the
+stride is 1, the input is not sliced.
 """
 
 from __future__ import annotations

@@ -34,11 +34,12 @@ class Cpu:
         vector: Nanoseconds per weight, in a dense FULLY_CONNECTED op with one input row.
         matrix: Nanoseconds per multiplication, in a dense op with many input rows, such as a
             convolution.
-        direct: Nanoseconds per stored value and input row, in a FULLY_CONNECTED op that reads a
-            sparse weight directly. The dict maps each sparse encoding to a pair of such times: for
-            an op with one input row, and for an op with many input rows.
+        direct: Dict that maps each sparse encoding to a pair of latencies of a FULLY_CONNECTED op
+            that reads a sparse weight directly. The unit is nanoseconds per stored value and per
+            input row. The first latency applies to one input row, and the second latency applies to
+            many input rows.
         row: Nanoseconds per output value in a FULLY_CONNECTED op that reads a sparse weight
-            directly. This time is added to the time that ``direct`` gives.
+            directly. The latency of the op is the sum of the latencies from ``direct`` and ``row``.
         copy: Nanoseconds per value that PAD, STRIDED_SLICE or CONCATENATION writes.
         sparse: Nanoseconds per multiplication by a nonzero weight in XNNPACK's sparse convolution.
             The value is None for a CPU on which XNNPACK does not use its sparse convolution.

@@ -19,7 +19,7 @@ from keras_dst.optimizers import SparseOptimizer
 from keras_dst.schedules import Constant
 from keras_dst.surgery import has_sparse_layers
 
-_MAX_FILES = 8  # Maximum number of smaller models that are measured.
+_MAX_FILES = 8  # Maximum number of pruned copies that are measured.
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class LatencySearch:
     Attributes:
         sparsity: Fraction of the FLOPs to prune.
         latency_ratio: Measured latency ratio at `sparsity`, relative to the dense model.
-        measured: Dict that maps each measured sparsity, as a fraction of FLOPs, to its latency
-            ratio.
+        measured: Dict that maps sparsities to measured latency ratios. Each sparsity is the
+            fraction of FLOPs that was pruned.
         source: Sentence that says how the latencies were measured: runtime, CPU, threads.
     """
 
@@ -59,11 +59,11 @@ def sparsity_at_latency(
     """Return the fraction of FLOPs to prune so that the model reaches a given latency ratio.
 
     The latency of a layer depends on its number of channels, not on the values of its weights. The
-    search therefore also works for a model that is not trained yet. The search prunes channels of
-    copies of the model by magnitude and exports the smaller models. The latencies of the smaller
-    models and of the dense model are measured in LiteRT on the current CPU. The returned sparsity
-    is a fraction of FLOPs. Only the search measures latencies, not the training with the returned
-    sparsity. The trained masks therefore do not depend on the speed of the training machine.
+    search therefore also works for a model that is not trained yet. The search copies the model,
+    prunes channels of the copies by magnitude, and exports the pruned copies. The latencies of the
+    pruned copies and of the dense model are measured in LiteRT on the current CPU. The returned
+    sparsity is a fraction of FLOPs. Training with the returned sparsity measures no latencies. The
+    trained masks therefore do not depend on the speed of the training machine.
 
     Args:
         model: Built Sequential or Functional model without sparse layers. The model is not changed.
@@ -118,8 +118,8 @@ def sparsity_at_latency(
     method(0.5)  # Check the arguments before the conversion, which takes seconds.
     (dense,) = conversions(model, ["float32"])
     measured: dict[float, float] = {}
-    # `low` and `high` are pairs of a sparsity and the latency ratio at this sparsity. The search
-    # continues between the two sparsities.
+    # `low` and `high` are pairs (sparsity, latency ratio). The next sparsity lies between the
+    # sparsity of `low` and the sparsity of `high`.
     low, high = (0.0, 1.0), (1.0, 0.0)
     while len(measured) < _MAX_FILES:
         share = (low[1] - latency_ratio) / (low[1] - high[1])

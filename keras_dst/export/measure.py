@@ -168,11 +168,12 @@ def loads_and_latencies(
 
 
 def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
-    """Yield the seconds of one inference for each file, in endless timing rounds.
+    """Run timing rounds without end.
 
+    In each timing round, yield the list of the seconds per inference, with one entry per file.
     Each timing round runs every file twice, and times only the second run. The first run loads the
-    weights into the CPU caches. Each timed interval contains a single inference, because other work
-    on the machine rarely disturbs such a short interval.
+    weights into the CPU caches. A timed interval contains a single inference, because other work on
+    the machine rarely disturbs such a short interval.
     """
     while True:
         times = []

@@ -7,8 +7,8 @@ constants:
 * The first constant is a bitmap with one bit per entry of the weight tensor. A bit is 1 if the
   entry is nonzero. The most significant bit of a byte comes first.
 * The second constant is a header of 16 bytes, followed by the nonzero entries of the weight tensor
-  in order. Byte 0 of the header is the decode type, 2 for pruning. Byte 1 is the version of the
-  header, and byte 4 is the version of the pruning format. Both versions are 1.
+  in row-major order. Byte 0 of the header is the decode type, 2 for pruning. Byte 1 is the version
+  of the header, and byte 4 is the version of the pruning format. Both versions are 1.
 
 TFLM writes the decoded weight into its memory arena, from which other ops read the weight. An
 encoded file is smaller than the dense file, but needs a larger arena. The pruning format does not
@@ -322,8 +322,8 @@ def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
     """Copy a file, but store the weights in the given buffers without their zeros.
 
-    The function also removes what TFLM does not need: metadata, the scales of biases, and all zero
-    points of a weight except the first.
+    The function also removes data that TFLM does not need: metadata, the scales of biases, and all
+    zero points of a weight except the first.
     """
     model = read(content)
     found = {weight.buffer: weight for weight in weights(model) if weight.buffer in buffers}
@@ -390,7 +390,9 @@ def _decoded_reads(
     free: set[int],
     code: int,
 ) -> list[schema.OperatorT]:
-    """Return a list with the given op. If the op reads encoded weights, a DECODE op comes first.
+    """Return a list that contains the given op.
+
+    If the given op reads encoded weights, the list begins with a DECODE op.
 
     TFLM keeps a decoded weight only until the next op has run. If several ops read a weight, the
     weight is therefore decoded once per op, each time into a separate tensor.
@@ -398,10 +400,10 @@ def _decoded_reads(
     Args:
         graph: The graph. The function adds tensors to the graph.
         op: An op of the graph.
-        encoded: Dict that maps the tensor index of each encoded weight to two tensor indices: the
-            index of the weight's bitmap, and the index of the weight's nonzero values.
-        free: Tensor indices of the weights that no DECODE op computes yet. From `free`, the
-            function removes the weights that the given op reads.
+        encoded: Dict that maps the tensor index of each encoded weight to a pair of tensor indices.
+            The pair refers to the weight's bitmap and to the weight's nonzero values.
+        free: Tensor indices of the weights that no DECODE op computes yet. If the given op reads a
+            weight, the function removes the index of the weight from `free`.
         code: Op code index of TFLM_DECODE.
     """
     reads = dict.fromkeys(index for index in indices(op.inputs) if index in encoded)

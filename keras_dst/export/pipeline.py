@@ -68,8 +68,9 @@ TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.3}
 #: Largest accepted difference between the outputs of the exported file and of a dense file with the
 #: same quantized weights.
 _EXACT = 1e-4
-#: Value that replaces `_EXACT` if the runtime also quantizes the inputs of ops. Kernels for sparse
-#: weights then round inputs differently than kernels for dense weights.
+#: Replaces `_EXACT` as the largest accepted difference if the runtime also quantizes the inputs of
+#: ops. In this case, kernels for sparse weights and kernels for dense weights round inputs
+#: differently.
 _INEXACT = 5e-2
 
 
@@ -256,8 +257,7 @@ def _compile(
     """Compile a file with Vela if the target is an NPU and Vela is installed.
 
     Returns:
-        A pair of the compiled file and Vela's report. The pair is ``(b"", None)`` if Vela did not
-        run.
+        The compiled file and Vela's report, or ``(b"", None)`` if Vela did not run.
     """
     if not settings.npu or vela_version() is None:
         return b"", None
@@ -395,7 +395,10 @@ def _find_fault(
         rounded = deviation_between(plan.content, reference, cases)
         hybrid = any(f.int8 and not f.unpack for f in plan.formats.values())
         if rounded.error > (_INEXACT if hybrid or settings.quantize == "full" else _EXACT):
-            return replace(rounded, where=f"{rounded.where}, from the same weights stored dense")
+            return replace(
+                rounded,
+                where=f"{rounded.where}, relative to a file that stores the same weights dense",
+            )
     return None
 
 

@@ -76,8 +76,9 @@ class ExportReport:
         dense_bytes: Size of a dense float32 file of the same model.
         dense_gzip_bytes: Size of the dense float32 file after compression with gzip.
         tensors: One report per weight tensor of the file.
-        max_error: Largest ``max|y - y_keras| / max|y_keras|`` of all outputs, over runs with and
-            without XNNPACK.
+        max_error: Largest error of all outputs, over runs with and without XNNPACK. The error of an
+            output ``y`` of the file is ``max|y - y_keras| / max(max|y_keras|, 1e-6)``, where
+            ``y_keras`` is the output of the model.
         files: One report on each file: the dense float32 file, the dense int8 file if there is one,
             and the exported file.
         threads: Number of interpreter threads in the measurements of the files.

@@ -53,8 +53,8 @@ class InputSpec:
 class Signature:
     """Descriptions of the inputs of a model as a flat list, and the nested structure of the inputs.
 
-    `structure` is nested like the inputs of the model. In place of each input, it contains the
-    index of the input in `specs`.
+    `structure` is nested like the inputs of the model. In `structure`, each input is replaced by
+    its index in `specs`.
     """
 
     specs: list[InputSpec]
@@ -197,8 +197,8 @@ def read_samples(
         data: Inputs in any form that `model.predict` accepts. Labels in a data set are ignored.
         argument: Name of the argument with which the user passed the data, for error messages.
         limit: Maximum number of samples to return. Defaults to None: all samples are returned.
-        streamed: Maximum number of samples to read from a data set or generator. Defaults to 0,
-            which means that ``limit`` applies.
+        streamed: Maximum number of samples to read from a data set or generator. If ``streamed`` is
+            0, the default, ``limit`` is the maximum.
 
     Raises:
         ValueError: If the data is of an unsupported type, or does not fit the inputs of the model.

@@ -23,10 +23,11 @@ from keras_dst.export.latency_model import CPUS, LatencyModel
 #: A weight tensor counts as block-sparse if at least this fraction of the values in its stored
 #: blocks is nonzero.
 MIN_BLOCK_DENSITY = 0.75
-#: Limits of a sparse int8 weight with float inputs: the largest number of inputs, and the largest
-#: number of stored blocks per output. LiteRT's kernel stores the position of each block of 16
-#: inputs in one byte, and the number of blocks per output in another byte. If a weight exceeds one
-#: of the limits, a byte overflows, and the kernel computes wrong results.
+#: Limits for a sparse int8 weight that an op multiplies by float inputs: the largest number of
+#: inputs, and the largest number of stored blocks per output. LiteRT's kernel stores the position
+#: of each block of 16 inputs in one byte, and the number of blocks per output in another byte. If a
+#: weight has too many inputs or too many blocks, a byte overflows, and the kernel computes wrong
+#: results.
 MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
 #: Two latencies, or two sizes, count as equal if the larger is at most this factor times the
 #: smaller.
@@ -113,8 +114,8 @@ class Objective:
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
         """Return the latency of each file divided by the latency of the first file.
 
-        If there are timers for several CPUs, return the largest latency ratio that each file has on
-        any of the CPUs.
+        If there are timers for several CPUs, return the largest latency ratio of each file over all
+        CPUs.
         """
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
@@ -128,8 +129,8 @@ def select_formats(
     """Select the storage format of each weight tensor in a dense ``.tflite`` file.
 
     First, a format is selected for each weight tensor, from its size and from the latency of the
-    ops that read the tensor. Inside the whole model, an op can be faster or slower than alone. The
-    function therefore compares four versions of the whole file:
+    ops that read the tensor. An op can be faster or slower inside the whole model than in a model
+    that contains only this op. The function therefore compares four versions of the whole file:
 
     * Every weight is stored in the format that was selected for the weight.
     * As many ops as possible read sparse weights directly.
@@ -138,8 +139,8 @@ def select_formats(
 
     Args:
         content: Bytes of a file whose weights are float32 or int8.
-        objective: Rule that selects the format of each weight, and one of the four versions.
-            Defaults to `Objective()`.
+        objective: Rule that selects the format of each weight, and then one of the four versions of
+            the file. Defaults to `Objective()`.
         progress: Function that is called with a line of text for each weight tensor.
     """
     model = flatbuffer.read(content)
@@ -161,8 +162,8 @@ def select_formats(
     distinct = list(dict.fromkeys([content, *(plan.content for plan in plans)]))
     ratio_of = dict(zip(distinct, objective.latency_ratios(distinct)))
     ratios = [ratio_of[plan.content] for plan in plans]
-    # When LiteRT loads the file of `plans[2]`, it unpacks all sparse weights. Inference is
-    # therefore not slower than inference with the dense file.
+    # LiteRT unpacks all sparse weights of `plans[2]` when it loads the file. Inference with this
+    # file is therefore not slower than inference with the dense file.
     ratios[2:] = [min(ratios[2], 1.0), 1.0]
     return plans[objective.best([len(plan.content) for plan in plans], ratios)]
 
@@ -251,7 +252,8 @@ def _latency_ratios(dense: bytes, files: list[bytes], objective: Objective) -> l
 
 
 def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Format]:
-    """Return the storage formats of a weight tensor that its ops read correctly on every CPU.
+    """Return the storage formats with which all ops that read a weight compute correct results on
+    every CPU.
 
     The function checks only the ops that read the weight. `sparse_inference.is_wrong` checks the
     whole graph for wrong results.

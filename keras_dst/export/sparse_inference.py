@@ -1,27 +1,29 @@
 """Find the ops of a graph that XNNPACK runs with sparse kernels, and check their results.
 
 On CPUs without AVX, such as every ARM CPU, XNNPACK can run connected ops of a graph in NCHW instead
-of NHWC layout. Such a set of ops is called an NCHW region. In NCHW layout, 1x1 convolutions skip
-zero weights. XNNPACK forms an NCHW region only if the graph contains a DENSIFY op. The region
-begins at an entry op: a 3x3 convolution with stride 2 over 3 channels, padded by 1 on each side.
-The region ends at an exit op: a mean over height and width, or DEPTH_TO_SPACE. All ops of the
-region must support NCHW layout. No op outside the region may read an intermediate tensor of the
-region. In the 1x1 convolutions of the region, more than 2/3 of all weights must be zero.
+of NHWC layout. A set of connected ops that run in NCHW layout is called an NCHW region. In NCHW
+layout, 1x1 convolutions skip zero weights. XNNPACK forms an NCHW region only if the graph contains
+a DENSIFY op. The region begins at an entry op: a 3x3 convolution with stride 2 over 3 channels,
+padded by 1 on each side. The region ends at an exit op: a mean over height and width, or
+DEPTH_TO_SPACE. All ops of the region must support NCHW layout. No op outside the region may read an
+intermediate tensor of the region. In the 1x1 convolutions of the region, more than 2/3 of all
+weights must be zero.
 
 XNNPACK does not check whether the last ops of an NCHW region are exit ops. If the last op of a
 region is not an exit op, its output has NCHW layout, but the next op reads NHWC data. XNNPACK then
 computes wrong results without an error message.
 
 The functions below assume that XNNPACK runs every op of the graph. In practice, LiteRT runs some
-ops with its builtin kernels. Which ops use builtin kernels depends on the version and the build of
-LiteRT. An op with a builtin kernel splits the graph, and reads and writes data in NHWC layout. A
-file must give correct results in all versions of LiteRT. The module therefore reports a file as
-wrong even if some versions of LiteRT run the file correctly. As a precaution, the module also
-reports a MEAN or SUM op with keepdims as wrong, unless only RESHAPE ops read its result.
+ops with its builtin kernels instead of XNNPACK's kernels. Which ops use builtin kernels depends on
+the version and the build of LiteRT. An op with a builtin kernel splits the graph, and reads and
+writes data in NHWC layout. A file must give correct results in all versions of LiteRT. The module
+therefore reports a file as wrong even if some versions of LiteRT run the file correctly. As a
+precaution, the module also reports a MEAN or SUM op with keepdims as wrong, unless only RESHAPE ops
+read its result.
 
 Source: the functions ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in
-``src/subgraph.c`` of XNNPACK. Except for FULLY_CONNECTED, the rules in both functions have not
-changed since October 2020. The rules for FULLY_CONNECTED last changed in January 2025.
+``src/subgraph.c`` of XNNPACK. In the two functions of XNNPACK, only the rules for FULLY_CONNECTED
+have changed since October 2020. The rules for FULLY_CONNECTED last changed in January 2025.
 """
 
 from __future__ import annotations
@@ -64,13 +66,14 @@ class Node:
     Attributes:
         op: The op in the file.
         kind: Builtin name of the op.
-        inputs: Indices of the tensors that the op reads, without constants.
+        inputs: Indices of the tensors that the op reads, except constant tensors.
         outputs: Indices of the tensors that the op computes.
         role: All roles that the op can have in an NCHW region.
         obstacle: Description of the op, such as "ADD of a constant", if the op cannot read data in
             NCHW layout. Otherwise an empty string.
-        zeros: Number of zero weights of a 1x1 convolution or FULLY_CONNECTED op, 0 for other ops.
-        weights: Number of all weights of a 1x1 convolution or FULLY_CONNECTED op, 0 for other ops.
+        zeros: Number of zero weights of a 1x1 convolution or FULLY_CONNECTED op. 0 for other ops.
+        weights: Number of weights of a 1x1 convolution or FULLY_CONNECTED op, including zero
+            weights. 0 for other ops.
     """
 
     op: schema.OperatorT
@@ -139,8 +142,8 @@ def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
 def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role], set[int]]:
     """Divide the graph into groups of connected ops, as XNNPACK does to find NCHW regions.
 
-    Return the group number of each op, the roles that each op can still have, and the indices of
-    the ops outside all NCHW regions.
+    Return a list of the ops' group numbers, a list of the roles that each op can still have, and
+    the set of the indices of all ops outside NCHW regions.
     """
     group, roles = list(range(len(nodes))), [node.role for node in nodes]
     bad: set[int] = set()
@@ -271,15 +274,16 @@ def _sizes(tensor: schema.TensorT) -> list[int]:
 
 def _reduction(model, graph, op, kind) -> str:
     """Return a description of a MEAN or SUM op that would compute wrong results from NCHW data.
-    Return an empty string if the op would compute right results."""
+    Return an empty string for a MEAN or SUM op that would compute right results from NCHW data."""
     axes = values(model, graph.tensors[op.inputs[1]])
     left = {1, 2, 3} - {int(axis) % 4 for axis in ([] if axes is None else axes.ravel())}
-    if 3 in left and left != {3}:  # NCHW results have another axis order.
+    if 3 in left and left != {3}:  # The axes of an NCHW result are in another order than in NHWC.
         return f"{kind} over one of height and width"
     made = int(op.outputs[0])
     readers = {op_name(model, other) for other in graph.operators if made in indices(other.inputs)}
     if op.builtinOptions.keepDims and (readers != {"RESHAPE"} or made in indices(graph.outputs)):
-        return f"{kind} with keepdims"  # An NCHW result has another shape.
+        # An NCHW result with keepdims has another shape than an NHWC result with keepdims.
+        return f"{kind} with keepdims"
     return ""
 
 

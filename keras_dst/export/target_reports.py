@@ -14,8 +14,9 @@ class VelaEstimate:
     Attributes:
         weight_bytes: Number of bytes of all weights after Vela has compressed them.
         npu_cycles: Number of cycles during which the NPU computes.
-        memory_cycles: Dict from the name of each memory to the number of cycles during which it is
-            accessed. The memory cycles overlap with the cycles in which the NPU computes.
+        memory_cycles: Dict that maps the name of each memory to the number of cycles during which
+            the memory is accessed. These cycles overlap with the cycles during which the NPU
+            computes.
         cycles: Number of cycles of the whole inference.
         seconds: Time of the whole inference at the default clock rate of the NPU.
     """

@@ -45,15 +45,17 @@ def export_tflite(
             the file starts with zero states of the recurrent layers.
         path: Path of the file to write, in an existing folder. An existing file is replaced.
         inputs: Samples on which the file is compared with the model. As in `model.predict`, the
-            samples can be arrays, or a data set, data loader or generator of batches. The first 32
-            samples are used. Defaults to the samples in ``representative``. Without
-            ``representative``, the samples are random with a fixed seed: standard normal floats, or
-            integers that are 0 or 1. A model with string inputs requires ``inputs``.
-        tolerance: Largest accepted error, ``max|y - y_keras| / max(max|y_keras|, 1e-6)`` of each
-            output. The default depends on ``quantize``: 1e-4 for None, 0.1 for ``"weights"``, 0.3
-            for ``"full"``. A quantized file is also compared with a dense file that has the same
-            quantized weights. The outputs of the quantized and the dense file may differ by at most
-            1e-4, or 0.05 if the ops compute with integers.
+            samples can be arrays, or a data set, data loader or generator of batches. Only the
+            first 32 samples are used in the comparison. Defaults to the samples in
+            ``representative``. Without ``representative``, the samples are random with a fixed
+            seed: standard normal floats, or integers that are 0 or 1. A model with string inputs
+            requires ``inputs``.
+        tolerance: Largest accepted error of each output of the file. The error of an output ``y``
+            is ``max|y - y_keras| / max(max|y_keras|, 1e-6)``, where ``y_keras`` is the output of
+            the model. The default depends on ``quantize``: 1e-4 for None, 0.1 for ``"weights"``,
+            0.3 for ``"full"``. A quantized file is also compared with a dense file that has the
+            same quantized weights. The outputs of the quantized and the dense file may differ by at
+            most 1e-4, or 0.05 if the ops compute with integers.
         optimize: Criterion by which the storage format of each weight tensor is selected.
             ``"latency"`` selects the fastest format and, among equally fast formats, the smallest.
             ``"size"`` selects the smallest format and, among equally small formats, the fastest.
@@ -61,24 +63,23 @@ def export_tflite(
             formats that are not slower than dense.
         target: Hardware for which the file is written. ``"host"``, the default, optimizes the file
             for the CPU of the current machine. ``"arm"`` optimizes the file for a CPU without AVX.
-            ``"any"`` uses the larger of two latency ratios: one on the CPU of the current machine,
-            and one on a CPU without AVX. The name of an Arm Ethos-U NPU, such as
-            ``"ethos-u55-128"``, requires ``quantize="full"``. A file for an NPU has int8 inputs and
-            outputs and dense weights. If Vela is installed, the report includes Vela's estimates.
-            ``"micro"`` means TensorFlow Lite for Microcontrollers (TFLM) and also requires
-            ``quantize="full"``. In a file for TFLM, the zeros of a weight tensor are omitted if
-            this makes the file smaller. No other runtime can run a file for TFLM. For an NPU or
-            ``"micro"``, no latency is measured, and ``optimize`` must keep its default.
+            ``"any"`` selects formats by the larger of two latency ratios: the ratio on the CPU of
+            the current machine, and the ratio on a CPU without AVX. The name of an Arm Ethos-U NPU,
+            such as ``"ethos-u55-128"``, requires ``quantize="full"``. A file for an NPU has int8
+            inputs, int8 outputs and dense weights. If Vela is installed, the report includes Vela's
+            estimates. ``"micro"`` means TensorFlow Lite for Microcontrollers (TFLM) and also
+            requires ``quantize="full"``. In a file for TFLM, the zeros of a weight tensor are
+            omitted if this makes the file smaller. No other runtime can run a file for TFLM. For an
+            NPU or ``"micro"``, no latency is measured, and ``optimize`` must keep its default.
         measure: Whether to measure latencies on the CPU of the current machine. Latencies on other
             CPUs, and all latencies if ``measure`` is False, are estimated from the speed of the
             kernels. Defaults to True.
         threads: Number of interpreter threads during measurements. Defaults to 1.
         batch: Batch size during measurements, for a model with a dynamic batch size. Defaults to 1.
         quantize: Selects the tensors that are quantized to 8 bits. Defaults to None: no tensor is
-            quantized. ``"weights"`` quantizes a weight tensor if the file becomes smaller or
-            faster, as selected by ``optimize``. ``"full"`` quantizes weights and activations.
-            TensorFlow's converter measures the ranges of the activations on ``representative``.
-            Zero weights stay zero.
+            quantized. ``"weights"`` quantizes each weight tensor for which ``optimize`` selects an
+            int8 format. ``"full"`` quantizes weights and activations. TensorFlow's converter
+            measures the ranges of the activations on ``representative``. Zero weights stay zero.
         representative: Typical input samples for ``quantize="full"``, in any form that
             `model.predict` accepts. All samples of an array are used, but only the first 1000
             samples of a data set or generator.
@@ -101,8 +102,8 @@ def export_tflite(
         TypeError: If ``model`` is not a Keras 3 model.
         ValueError: If the model is not built, the data does not fit the model, or an argument has
             an unknown value.
-        OSError: If no file can be written at ``path`` or ``vela_path``. Both paths are checked
-            before the conversion begins.
+        OSError: If no file can be written at ``path`` or ``vela_path``. The export checks ``path``
+            and ``vela_path`` before the conversion begins.
         ImportError: If a required extra of keras_dst is not installed. Every export requires the
             extra ``export``. In addition, ``target="micro"`` requires the extra ``micro``, and
             ``vela_path`` requires the extra ``ethos``.

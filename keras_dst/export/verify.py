@@ -35,8 +35,9 @@ class Case:
 class Deviation:
     """Error of one output of a file, and a text that names the output and the kernels that ran.
 
-    ``error`` is ``max|y - expected| / max|expected|``. The error is infinite if values are not
-    finite, shapes differ, or the interpreter refuses the file.
+    The error of an output ``y`` is ``max|y - expected| / max(max|expected|, 1e-6)``, where
+    ``expected`` is the output of the Keras model or of a reference file. The error is infinite if
+    values are not finite, shapes differ, or the interpreter refuses the file.
     """
 
     error: float
@@ -44,8 +45,8 @@ class Deviation:
 
 
 def deviation(content: bytes, cases: list[Case]) -> Deviation:
-    """Run a file on the inputs of all test cases, with and without XNNPACK, and return the largest
-    error of an output."""
+    """Run a file on the inputs of all test cases, with and without XNNPACK, and return the
+    `Deviation` with the largest error."""
     return max(_deviations(content, cases, RESOLVERS), key=lambda found: found.error)
 
 
@@ -75,8 +76,8 @@ def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> l
     """Split samples into batches, and compute the outputs of the Keras model for each batch.
 
     If the batch size of the model is dynamic, the first batch has one sample, and all other batches
-    have four samples. The states of recurrent layers are zero before the first batch. The model is
-    not changed.
+    have at most four samples. The states of recurrent layers are zero before the first batch. The
+    model is not changed.
 
     Args:
         model: The Keras 3 model from which the file was converted.
@@ -177,7 +178,7 @@ def _error(result: np.ndarray | None, expected: np.ndarray) -> float:
 
 
 def _by_output_name(outputs: Any) -> dict[str, np.ndarray]:
-    """Return the outputs of a Keras model as a dict by their names in the file.
+    """Return a dict that maps the names of the file's outputs to the outputs of a Keras model.
 
     The name of an output is its key in a dict of outputs, or ``output_0``, ``output_1`` and so on.
     """
