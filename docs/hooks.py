@@ -17,7 +17,7 @@ def on_files(files, config):
     """Add the pages outside docs/ to the site: results, notebooks, changelog, contributing."""
     for path in [*sorted(ROOT.glob("results/*/index.md")), *sorted(ROOT.glob("C*.md"))]:
         name = path.relative_to(ROOT).as_posix()
-        kind = InclusionLevel.NOT_IN_NAV  # no warning that the menu lacks the page
+        kind = InclusionLevel.NOT_IN_NAV  # MkDocs does not warn that the menu lacks the page.
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=kind))
     for path in sorted(ROOT.glob("notebooks/*.ipynb")):
         page, pictures = notebook(path)

@@ -164,8 +164,9 @@ def table() -> list[str]:
         "## Half of the channels",
         "",
         '`Magnitude(0.5, "uniform", "channel")` and `shrink` remove half of the channels of each '
-        "network. The table below shows the fractions of the FLOPs and of the parameters that "
-        "remain. After half of the channels are removed, about a quarter of the FLOPs remains. "
+        "network. The table below shows which fractions of the FLOPs and of the parameters each "
+        "network keeps. After half of the channels are removed, about a quarter of the FLOPs "
+        "remains. "
         "If the channels of each layer are ranked separately, fewer channels can be removed, "
         "because layers whose outputs are added keep different channels. The column `odd widths` "
         "counts the layers whose number of channels is no longer a multiple of 8 after `shrink`. "
