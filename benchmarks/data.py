@@ -15,7 +15,7 @@ def mnist() -> tuple:
 
 
 def cifar10() -> tuple:
-    """Return CIFAR-10 in the same form as `mnist`.
+    """Return CIFAR-10 as `(x_train, y_train), (x_test, y_test)`.
 
     The pixels of each color channel have mean 0 and standard deviation 1.
     """

@@ -42,8 +42,8 @@ def errors() -> dict:
     """Return a dict with the network, the number of epochs, and the test errors of all runs in
     percent.
 
-    The entry `"sparse"` maps each method and target sparsity to a list of errors. The methods are
-    sorted by their mean error at the highest target sparsity.
+    In the entry `"sparse"`, `["sparse"][method][target]` is the list of the test errors of all
+    seeds. The methods are sorted by their mean error at the highest target sparsity.
     """
     stored = results.runs("methods")
     runs = [run for name, run in stored.items() if name.startswith(f"{TASK}_")]

@@ -87,7 +87,7 @@ def table(headings: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
 def columns(cells_of: dict[str, dict[str, str]]) -> list[str]:
     """Return the lines of a Markdown table with a row per method.
 
-    `cells_of[column][method]` is the text of a cell.
+    `cells_of[column][method]` is the text of the cell in this column and in the row of this method.
     """
     headings = [TITLES.get(name, name) for name in cells_of]
     methods = dict.fromkeys(name for cells in cells_of.values() for name in cells)

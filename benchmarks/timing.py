@@ -69,7 +69,10 @@ def in_turns(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def ratios(times: dict[str, list[float]], to: str) -> dict[str, float]:
-    """Return the median time of each function, relative to the function `to` in the same round."""
+    """Return the median ratio of each function over all rounds.
+
+    A ratio is the time of a function divided by the time of the function `to` in the same round.
+    """
     return {
         name: statistics.median(a / b for a, b in zip(found, times[to]))
         for name, found in times.items()

@@ -52,13 +52,14 @@ class Case:
 def halvings(events):
     """Yield one comparison for FlipOut and one comparison for magnitude pruning.
 
-    In both comparisons, half of the remaining weights are pruned once per epoch, `events` times.
+    In both comparisons, half of the remaining weights are pruned after every epoch except the last.
+    `events` is the number of pruning steps.
     """
     sparsity = 1 - 0.5**events
     task = dataclasses.replace(TASKS["mnist"], epochs=events + 1)
     schedule = functools.partial(Geometric, end=events / (events + 1), rate=0.5)
-    # In short training runs, the defaults of FlipOut in keras_dst for `noise` and `rate` differ
-    # from the paper.
+    # FlipOut in keras_dst has other defaults in short training runs, so pass the values of the
+    # paper.
     paper = {"noise": 1.0, "rate": 0.5}
     yield Case(f"flipout-{sparsity:.4g}", "flipout", "FlipOut", sparsity, task, options=paper)
     yield Case(f"magnitude-{sparsity:.4g}", "flipout", "Magnitude", sparsity, task, schedule)

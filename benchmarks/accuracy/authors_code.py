@@ -160,8 +160,8 @@ def dcil(case, net, data, seed):
         warmup_loss=task.epochs * 70 / 300,
     )
     authors.iterations = 0
-    # Replace the function that computes the accuracy on training images. The authors' function
-    # fails, and the benchmark does not need its result.
+    # Replace the function that computes the accuracy on training images, because this function
+    # fails. The benchmark does not need the training accuracy.
     authors.accuracy = lambda *_, **__: torch.zeros(2, 1)
     whole = nn.DataParallel(net)
     for epoch in range(task.epochs):

@@ -70,7 +70,7 @@ def train(task_name, seed, folder):
 
 
 def compare(task_name, seed):
-    """Train a network on all backends. Store the results and the overlap of the masks."""
+    """Train a network on all backends. Store the results and the overlaps between the masks."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -116,7 +116,7 @@ METHODS = {
     "DCIL": DCIL,
     "ST-3": ST3,
     "OptG": OptG,
-    # Consensus removes whole units. The cost of a unit is its number of weights.
+    # Consensus removes whole units. With `cost="parameters"`, a unit costs as much as its weights.
     "Consensus": lambda s: Consensus(s, cost="parameters"),
 }
 SPARSITIES = (0.9, 0.98)

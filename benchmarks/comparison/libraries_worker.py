@@ -53,7 +53,7 @@ class Tool:
         return model
 
     def files(self, model):
-        """Convert a model with different options. Yield the options and the `.tflite` file."""
+        """Yield a name for each choice of converter options, and the `.tflite` file as bytes."""
         import tensorflow as tf
 
         sparse = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
@@ -154,8 +154,8 @@ class PQuantML(Tool):
             pruning.alpha = self.setting or pruning.alpha
         else:
             pruning.sparsity = TARGET
-        # PDP reaches its target sparsity after 2/3 of the training phase. A fine-tuning phase
-        # follows, which takes 1/5 of all epochs.
+        # PDP fine-tunes the network in the last 1/5 of all epochs, and reaches its target sparsity
+        # after 2/3 of the epochs before the fine-tuning.
         if method == "PDP":
             training.fine_tuning_epochs = epochs // 5
             training.epochs = epochs - training.fine_tuning_epochs
@@ -176,7 +176,7 @@ class PQuantML(Tool):
     def search(self):
         """Train with several values of alpha, and return the best value and all tested values.
 
-        With the best value, the sparsity of the network is closest to the target sparsity.
+        The best value is the alpha whose network has the sparsity closest to the target sparsity.
         """
         tried = []
         for self.setting in ALPHAS:
@@ -321,8 +321,8 @@ def times(kind, methods):
 def jobs(kind):
     """Prune, train and convert a ResNet with each method.
 
-    Return a dict from each method to its result. The result is the sparsity of the ResNet, or the
-    stage that failed and its error.
+    Return a dict with one entry per method. The entry of a method contains the sparsity of the
+    ResNet, or the stage that failed and its error.
     """
     tool, found = kind(), {}
     from benchmarks import networks

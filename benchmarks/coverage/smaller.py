@@ -69,7 +69,7 @@ def masked(build, sparsity):
 
 
 def measured_shrink(model):
-    """Call `shrink`. Return the smaller model, and the time and peak memory of the call."""
+    """Return the model after `shrink`, and the time and peak memory that `shrink` takes."""
     import keras_dst
     from keras_dst.export.memory import kilobytes
 
@@ -89,8 +89,8 @@ def measured_shrink(model):
 def half_width(dense):
     """Return a new network like the dense network, but with half of the filters, units and heads.
 
-    If a layer has at least 16 channels, half of their number is rounded to a multiple of 8, as in
-    `shrink`. The output layer keeps all its units.
+    The new number of channels is rounded to a multiple of 8 if the dense layer has at least 16
+    channels, as in `shrink`. The output layer keeps all its units.
     """
 
     def half(count):
@@ -256,8 +256,8 @@ def table():
         "",
         f"Latency is the median time of {RUNS} inferences with batch size 1 on one thread. The "
         "dense file and the smaller file are measured alternately. FLOPs and latency are "
-        "relative to the dense network. The column `estimated latency` shows an estimate. "
-        "`export_tflite` uses this estimate if the target CPU is not available for a measurement.",
+        "relative to the dense network. The column `estimated latency` shows the latency that "
+        "`export_tflite` estimates if the target CPU is not available for a measurement.",
         "",
         "| network | channels removed | FLOPs | latency | estimated latency | dense, ms |",
         "|---|---|---|---|---|---|",
@@ -277,12 +277,12 @@ def table():
         "network, but half of the filters, units and heads. The files are measured alternately "
         f"in {ROUNDS} rounds of {RUNS} inferences. Other processes slow down some rounds, so the "
         "table shows only the round with the smallest total latency of all files. The column "
-        "`spread` describes the network that was built at half width. The spread is the "
-        "interquartile range of the latency, divided by the median latency. The last column "
-        "lists the additional ops of the file after `shrink`.",
+        "`spread` gives the interquartile range of the latency of the network that was built at "
+        "half width, divided by its median latency. The last column lists the additional ops of "
+        "the file after `shrink`.",
         "",
         "If the ratio of the latencies is 1, the network after `shrink` is as fast as the network "
-        "that was built at half width. The latency of both networks can still be higher than their "
+        "that was built at half width. Both of these smaller networks can be slower than their "
         "FLOPs suggest, because the runtime runs narrow layers less efficiently than wide layers. "
         "In the ViT, the ops `PAD` and `STRIDED_SLICE` surround each layer normalization, which "
         "keeps its original width.",
@@ -305,9 +305,9 @@ def table():
         "## Time of each kind of op, half of the channels",
         "",
         "Each op of the dense file and of the smaller file runs alone, with batch size 1 on one "
-        "thread. The column `share` describes the smaller file: the time of each kind of op, "
-        "divided by the time of all ops. The row `other ops` contains all kinds of ops that take "
-        "less than 2% of the run time of each file.",
+        "thread. The column `share` gives the time of each kind of op in the smaller file, divided "
+        "by the time of all ops in the smaller file. The row `other ops` contains all kinds of ops "
+        "that take less than 2% of the run time of each file.",
         "",
         "A convolution or a dense layer with half of its inputs and half of its outputs needs "
         "about a quarter of the time. The time of the following ops decreases by less than a "
@@ -315,12 +315,12 @@ def table():
         "",
         f"* A vector register of the measured CPU holds {LANES} float32 values. If a convolution "
         "has 8 filters, half of each vector register is empty. Removing 8 of the 16 filters of a "
-        "convolution therefore does not make the convolution faster. Only a smaller number of "
-        "input channels makes this convolution faster.",
+        "convolution therefore does not make the convolution faster. A convolution with 16 filters "
+        "becomes faster only if it has fewer input channels.",
         "* The time of depthwise convolutions, sums and activations is proportional to the "
         "number of channels. With half of the channels, these ops need about half of the time.",
-        "* A layer normalization keeps its width, because its mean and variance include the "
-        "removed channels. The ops `PAD` and `STRIDED_SLICE` before and after the layer "
+        "* A layer normalization keeps its width, because the zeros of the removed channels count "
+        "in its mean and variance. The ops `PAD` and `STRIDED_SLICE` before and after the layer "
         "normalization also need time.",
         "",
         "| network | op | dense, ms | smaller, ms | ratio | share |",

@@ -193,11 +193,11 @@ def run(name, variant):
 
 
 def file_ratios(run, dense):
-    """Return file sizes and arena sizes as ratios to dense files.
+    """Return the file sizes and the arena size of a run, relative to dense files.
 
-    The ratio `gzip` compares the file of the run with the file of the dense network. The other
-    ratios compare the file for TFLM with the dense int8 file of the same run. The dense int8 file
-    of a network has the same size in every run.
+    The ratio `gzip` compares the file of the run with the file of the dense network. All ratios
+    except `gzip` compare the file for TFLM with the dense int8 file of the same run. The dense int8
+    file of a network has the same size in every run.
     """
     micro = run["tflm"]
     return {
@@ -227,15 +227,15 @@ def table():
     lines = [
         "# Microcontrollers and NPUs",
         "",
-        "Each network on this page has three tables. The first table shows the share of zeros in % "
-        "among all kernels, including the kernels that stay dense. The first table also shows "
-        "the accuracy in % of the float32 model and of its int8 file on all test samples. The "
-        "columns `bytes` and `arena` describe the int8 file with dense weights that TensorFlow's "
-        "converter writes. The arena is the memory, in bytes, that TensorFlow Lite Micro (TFLM) "
-        "allocates to run a file.",
+        "Each network on this page has three tables. The first table shows the percentage of zeros "
+        "among all kernel weights, including the weights of kernels that stay dense. The first "
+        "table also shows the accuracy in % of the float32 model and of its int8 file on all test "
+        "samples. The columns `bytes` and `arena` describe the int8 file with dense weights that "
+        "TensorFlow's converter writes. The arena is the memory, in bytes, that TensorFlow Lite "
+        "Micro (TFLM) allocates to run a file.",
         "",
-        "The second table shows ratios to the file of the dense network "
-        "after the same number of epochs. The column `gzip` gives the size of the file after "
+        "The second table compares each file with a file of the dense network, which is trained "
+        "for the same number of epochs. The column `gzip` gives the size of the file after "
         "compression. The columns `TFLM file` and `TFLM arena` give the size and the arena of the "
         "file that keras_dst exports for TFLM. A file for TFLM omits the zeros of pruned kernels, "
         "and parts that TFLM does not need, such as metadata and repeated zero points. For the "
@@ -333,7 +333,10 @@ def bars(stored):
 
 
 def fixed_costs(stored):
-    """Return the costs that zeros cannot reduce, as a dict from name to one value per network."""
+    """Return the costs that zeros cannot reduce.
+
+    The keys of the dict describe the costs. Each value is a list with one number per network.
+    """
     sparse, dense = ([stored[f"{name}_{variant}"] for name in NETS] for variant in ("90", "dense"))
     files, npus = [run["tflm"] for run in sparse], [run["vela"][NPUS[0]]["file"] for run in dense]
     return {

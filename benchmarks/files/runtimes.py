@@ -250,7 +250,7 @@ def table():
 
 
 def _cells(found, dense):
-    """Return the table cells of a file: size, compressed size, latency and error.
+    """Return the table cells of a file: size, size with gzip, latency, and difference from Keras.
 
     If `dense` is given, the sizes and the latency are relative to the file of the dense network.
     """

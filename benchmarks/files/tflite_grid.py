@@ -74,9 +74,9 @@ def tuned(net_name, method=None):
 
 
 def cell(net_name, method, dense) -> dict:
-    """Measure the files of a sparse network, alternately with the dense files.
+    """Measure the latency, load time, memory and accuracy of the files of a sparse network.
 
-    `dense` contains the paths of the dense files.
+    The sparse files are measured alternately with the dense files, whose paths are in `dense`.
     """
     x, y = NETS[net_name].data()[1]
     test = x[:TESTED], y[:TESTED]
@@ -181,8 +181,8 @@ def table():
     results.write_index(BENCHMARK, lines)
 
 
-#: Columns of the two tables, as tuples: heading of the column, kind of the measured file, key of
-#: the measured value, and number of digits.
+#: Columns of the two tables. Each tuple contains the heading, the name of the measured file, the
+#: key of the measured value, and the number of digits.
 EXPORTED = (
     ("bytes", "sparse", "bytes", 3),
     ("latency", "sparse", "latency", 2),

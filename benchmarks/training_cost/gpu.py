@@ -18,8 +18,8 @@ measured during training steps and a mask update. PyTorch reports the peak memor
 thread reads the current memory every millisecond, because JAX cannot reset its peak memory.
 
 The time that is left is divided equally among the methods that are not measured yet. A method is
-skipped if less time is left than the first `fit` of the dense network took. The results of each
-method are stored as soon as the method is measured.
+skipped if the remaining time is shorter than the first `fit` of the dense network. The results of
+each method are stored as soon as the method is measured.
 """
 
 import argparse
@@ -204,11 +204,12 @@ def data(setting) -> tuple:
 class TimedNetwork:
     """Network that is trained with a pruning method, to measure the time of its training steps.
 
-    The constructor trains the network for two rounds. If the method is None, the network is dense.
+    The constructor trains the network for two rounds, to measure `first_fit` and `peak`. If the
+    method is None, the network is dense.
 
     Attributes:
-        turn: Function that trains the network for one round. It returns the total time of the timed
-            steps in seconds.
+        turn: Function that trains the network for one round, and returns the total time of the
+            timed steps in seconds.
         update: Function that updates the masks, or None if the method has no mask updates.
         first_fit: Seconds of the first call of `fit`, including compilation.
         peak: Peak memory on the GPU in bytes, during a round of training and a mask update. None on
@@ -250,7 +251,8 @@ class TimedNetwork:
 def compared(plain: TimedNetwork, sparse: TimedNetwork, budget: float) -> dict:
     """Time a sparse and a dense network alternately, for at most `budget` seconds.
 
-    The `budget` includes the first call of `fit`. At least one round is timed.
+    The first call of `fit` with the sparse network counts toward the `budget`. At least one round
+    is timed.
     """
     end = time.perf_counter() + budget - sparse.first_fit
     times: dict[str, list[float]] = {"plain": [], "sparse": []}

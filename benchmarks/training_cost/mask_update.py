@@ -99,7 +99,7 @@ def prepared(method):
     driver = drivers_of(model)[0]
     driver.begin(STEPS, STEPS, STEPS // 10)
     for layer in getattr(driver, "layers", []):
-        # Set the attribute that a training step with DCIL sets.
+        # Mask updates of DCIL require this attribute, which is otherwise set by a training step.
         layer.traced_both_paths = True
     steps = itertools.count(STEPS // 4, STEP)
 
@@ -162,9 +162,10 @@ def table():
         "rank all tensors together. The sparsity grows from one mask update to the next. Each "
         "cell contains the time and the peak memory of a mask update. The unit of time is one "
         "pass over the weights, which computes `abs` and `sum` of all weights once. The peak "
-        "memory is relative to the memory of the weights. The goals for a mask update were a "
-        "time of at most 60 passes, and a peak memory of at most twice the memory of the "
-        "weights. `make bench-overhead` writes this page from `results/mask_update/runs.jsonl`.",
+        "memory is relative to the memory of the weights. The goal for the time of a mask update "
+        "was at most 60 passes over the weights. The goal for its peak memory was at most twice "
+        "the memory of the weights. `make bench-overhead` writes this page from "
+        "`results/mask_update/runs.jsonl`.",
         "",
     ]
     columns = {

@@ -34,7 +34,7 @@ TOTAL = 4000  # Number of steps of the whole training run.
 
 @dataclass
 class Point:
-    """Network that consists of dense layers of equal width, and its batch size."""
+    """Network of dense layers with equal width, and the batch size of its training."""
 
     width: int
     depth: int
@@ -194,8 +194,8 @@ def table():
         "mask update, which runs once every hundred training steps. `sparsify`, `strip`, "
         "`shrink` and the export with `export_tflite` run once per network. The export runs with "
         "`measure=False`, so that no latencies are measured. Each cost grows approximately as a "
-        "power of the number of weights, layers or samples. The row `slope` gives the exponent. "
-        "`make bench-scaling` writes this page from `results/scaling/runs.jsonl`.",
+        "power of the number of weights, layers or samples. The row `slope` gives the exponent of "
+        "this power. `make bench-scaling` writes this page from `results/scaling/runs.jsonl`.",
     ]
     stored = results.runs(BENCHMARK)
     for backend in BACKENDS:

@@ -9,8 +9,8 @@ The timed steps are the first steps of a training run of 4,000 steps. In a run o
 methods update their masks only every 100 steps. Mask updates are therefore timed separately. The
 result of a method also includes the time of a mask update, divided by the number of steps from one
 update to the next. DCIL updates its masks every 16 steps, so some timed rounds already contain a
-mask update of DCIL. The result of DCIL therefore includes the time of these mask updates twice. The
-compile time is the CPU time of the first round minus the CPU time of the second round.
+mask update of DCIL. The time of such a mask update is counted twice, in the round and separately.
+The compile time is the CPU time of the first round minus the CPU time of the second round.
 """
 
 import argparse

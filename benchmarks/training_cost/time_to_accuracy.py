@@ -15,11 +15,11 @@ The number of operations is proportional to the density, because each weight of 
 multiplied once per sample. A training step computes three matrix products: outputs, gradients of
 the inputs, and gradients of the weights. Each multiplication with a weight counts as two
 operations. keras_dst computes all products, including products with zeros. The column "zeros
-skipped" counts only products with nonzero weights. The number of these products is computed from
-the mean density of each epoch. DST, DCIL and OptG (`ALIVE`) can restore a pruned weight in any
-step, and therefore need the gradients of all weights in every step. RigL needs the gradients of
-pruned weights only in the step before a mask update. For RigL, the table does not count the
-operations that compute the gradients of pruned weights.
+skipped" gives the number of operations on a processor that skips products for pruned weights. This
+number is computed from the mean density of each epoch. DST, DCIL and OptG, the methods in `ALIVE`,
+can restore a pruned weight in any step. These methods therefore need the gradients of all weights
+in every step. RigL needs the gradients of pruned weights only in the step before a mask update. For
+RigL, the table does not count the operations that compute the gradients of pruned weights.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def train_network(method, epochs, seed, data):
 
 
 def densities(result) -> list[float]:
-    """Return one density per epoch: the mean of the densities at the start and at the end."""
+    """Return the mean density of each epoch, from the densities at its start and at its end."""
     way, epochs = result["way"], result["epochs"]
     if way == "dense":
         return [1.0] * epochs
@@ -73,10 +73,10 @@ def densities(result) -> list[float]:
 
 
 def operations(result) -> tuple[float, float]:
-    """Return the number of all operations of a training run, and the number of its operations with
-    nonzero weights.
+    """Return the number of operations of a training run on two processors.
 
-    Both numbers are divided by the number of operations of one dense epoch.
+    The first processor executes all operations. The second processor skips products for pruned
+    weights. The unit of both numbers is the number of operations of one dense epoch.
     """
     paths = PATHS.get(result["way"], 1)
     left = 0.0
