@@ -55,7 +55,7 @@ def densities(
 ) -> np.ndarray:
     """Return the density of every weight, as float64 in [0, 1].
 
-    Unless the allocation is a dict, these densities keep the fraction `density` of all weights.
+    Unless the allocation is a dict, a fraction `density` of all weights of the model is kept.
 
     Args:
         allocation: `"uniform"` gives all weights the same density. `"erk"` (Erdős-Rényi-Kernel)
@@ -142,8 +142,8 @@ def kept_counts(
         names: Paths of the weights. The paths are needed only if the allocation is a dict.
         final_sparsity: Final fraction of zeros. The sparsities in an allocation dict apply at the
             end of the schedule. As long as `sparsity` is below its final value, each sparsity in
-            the dict is multiplied by `sparsity / final_sparsity`. Defaults to None, which means
-            that the sparsities in the dict are used without this factor.
+            the dict is multiplied by `sparsity / final_sparsity`. Defaults to None, in which case
+            the sparsities in the dict are not multiplied by a factor.
 
     Example:
         >>> keras_dst.allocation.kept_counts("uniform", [(10, 10), (30, 10)], 0.9)
@@ -163,8 +163,8 @@ def kept_counts(
     counts = np.floor(exact + 1e-9).astype("int64")
     by_name = isinstance(allocation, Mapping)
     total = round(float(exact.sum()) if by_name else (1 - sparsity) * int(sizes.sum()))
-    # Round by the largest-remainder method: the entries that are left after rounding down go to the
-    # weight tensors with the largest remainders.
+    # Round by the largest-remainder method: round all counts down, then add 1 to the counts with
+    # the largest remainders until their sum is `total`.
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: max(0, total - int(counts.sum()))]] += 1
     return np.minimum(counts, sizes)
@@ -202,8 +202,8 @@ def equal_drop(
     is chosen so that the total sparsity meets the target. Between two measured sparsities, the drop
     of the metric is interpolated linearly. Before the search, each negative drop of the metric is
     set to zero. Each drop is then replaced by the largest drop that the same weight tensor has at
-    an equal or lower sparsity. If several sets of sparsities have the same largest drop of the
-    metric, the function returns the set whose sparsities differ least.
+    an equal or lower sparsity. If several solutions have the same largest drop of the metric, the
+    function returns the solution with the most uniform sparsities.
 
     Args:
         sparsities: Sparsities at which the drops of the metric were measured, increasing from 0.
@@ -237,7 +237,7 @@ def equal_drop(
     # Add a small slope, so that every curve is strictly increasing and therefore invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
     # The sparsity of each weight tensor is a piecewise linear function of the drop of the metric.
-    # The slope of this function changes only at the drops in `common`.
+    # `common` contains all drops at which the slope of such a function can change.
     common = np.unique(drops)
     shares = np.array([np.interp(common, curve, grid) for curve in drops])
     return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

@@ -66,7 +66,7 @@ class SparseTraining(keras.callbacks.Callback):
     Example:
         >>> model.fit(x, y, epochs=20, callbacks=[keras_dst.callbacks.SparseTraining()])
 
-        Save the best model at the target:
+        Save the best of the models that reach the target sparsity:
 
         >>> sparse = keras_dst.callbacks.SparseTraining(metric_at_target="val_accuracy")
         >>> best = keras.callbacks.ModelCheckpoint(
@@ -130,7 +130,7 @@ class SparseTraining(keras.callbacks.Callback):
         if self._epoch_length is None and (self.epochs or self.params.get("epochs", 1)) < 2:
             raise ValueError(
                 "SparseTraining needs the number of steps of the training run. "
-                "Received one epoch of data of unknown length. Pass "
+                "Received a single epoch and data of unknown length. Pass "
                 "SparseTraining(steps_per_epoch=...)."
             )
         if self.metric_at_target and not all(driver.schedule for driver in self._drivers):
@@ -206,7 +206,8 @@ class SparseTraining(keras.callbacks.Callback):
         self._write(logs)
 
     def on_train_end(self, logs=None):
-        # If no epoch ran, BackupAndRestore has restored a finished training run.
+        # If `fit` ran no epoch, BackupAndRestore has restored a training run that was already
+        # finished.
         if not self._begun:
             self._begin(self.params.get("epochs", 1))
         if self.metric_at_target and not self._metric_seen:
@@ -258,7 +259,7 @@ class SparseTraining(keras.callbacks.Callback):
             driver.reapply_masks()
 
     def _recover(self):
-        """Prune the weights again if another callback assigned weights that are less sparse."""
+        """Prune the weights again if another callback assigned weights with a lower sparsity."""
         self._sync()
         for driver, reached in zip(self._drivers, self._reached):
             driver.recover(self._batches, reached)

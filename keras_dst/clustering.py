@@ -14,10 +14,10 @@ zero. Deviations from the paper:
 * Zero is always one of the values, and its cluster contains exactly the weights that are zero.
   Clustering therefore does not change the sparsity.
 * During fine-tuning, the optimizer updates each weight individually, so the weights of a cluster
-  become different. After each step, the callback `KeepClusters` therefore sets c_k to the mean
-  ratio w/s of all weights in cluster k. In the paper, the sum of the gradients of the weights in
-  cluster k updates c_k. The update by the mean and the update by the gradients move c_k in the same
-  direction.
+  become different. After each step, the callback `KeepClusters` therefore sets c_k to the mean of
+  w_i / s_i over the weights in cluster k. In the paper, the optimizer updates c_k with the sum of
+  the gradients of all weights in cluster k. The mean and the sum of the gradients move the cluster
+  value c_k in the same direction.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def cluster_weights(model, clusters: int = 16, filters: Filters = None):
 
     The distinct values are relative to the largest magnitude of each output channel. If an int8
     file has one scale per channel, each weight tensor has at most `clusters` distinct integers.
-    Vela, the compiler for Arm Ethos NPUs, compresses such tensors to fewer bytes. Zero weights stay
-    zero, and zero counts as one of the values. If a kernel already has at most `clusters` distinct
-    values, its weights change only by float32 rounding.
+    Vela, the compiler for Arm Ethos NPUs, compresses a tensor better if it has few distinct
+    integers. Zero weights stay zero, and zero counts as one of the values. If a kernel already has
+    at most `clusters` distinct values, its weights change only by float32 rounding.
 
     To fine-tune the model afterwards, use the callback `keras_dst.callbacks.KeepClusters`.
 
@@ -82,8 +82,8 @@ class KeepClusters(keras.callbacks.Callback):
     When `fit` begins, the callback clusters the kernels as `keras_dst.cluster_weights` does. After
     each batch, the callback sets all weights of a cluster to their mean. Zero weights stay zero,
     and the largest weight of each output channel does not change. If `steps_per_execution` is above
-    1, Keras calls the callback only after several steps. Between two calls, the weights of a
-    cluster may then differ from each other.
+    1, Keras calls the callback only after several steps. Between two calls of the callback, the
+    weights of a cluster may then differ.
 
     Args:
         clusters: Maximum number of distinct values per kernel, at least 4. Defaults to 16.
@@ -129,12 +129,13 @@ class KeepClusters(keras.callbacks.Callback):
 
 @dataclass
 class _Kernel:
-    """Kernel of a layer, with the assignment of its weights to clusters.
+    """Kernel of a layer, and the cluster to which each weight belongs.
 
     Attributes:
         variable: Variable of the kernel.
         scales: Largest magnitude of each output channel, in a shape that broadcasts to the kernel.
-        values: Value of each cluster, relative to the scales. The value of cluster 0 is 0.
+        values: Value of each cluster, before the multiplication by `scales`. The value of cluster 0
+            is 0.
         labels: Cluster index of each weight, in the shape of the kernel.
     """
 
@@ -204,7 +205,7 @@ def _clustered_kernel(variable, layout: Layout, clusters: int) -> _Kernel:
 def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     """Return the cluster centers of one-dimensional k-means, in ascending order.
 
-    If -1 or 1 is among the numbers, it is also one of the cluster centers.
+    If `numbers` contains -1 or 1, the cluster centers contain this value too.
 
     Args:
         numbers: Nonzero weights in ascending order, each divided by the largest magnitude of its

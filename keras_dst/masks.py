@@ -119,7 +119,7 @@ def ones(mask: Tensor, dtype) -> Tensor:
     Example:
         >>> keras_dst.masks.ones(keras.ops.array([True, False]), "float32")
     """
-    # torch converts bytes to floats five times as fast as it converts booleans.
+    # torch converts uint8 tensors to floats five times as fast as bool tensors.
     return ops.cast(ops.cast(mask, "uint8"), dtype)
 
 
@@ -181,23 +181,24 @@ def _without_gradient_where(mask, w):
 
 
 def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Tensor:
-    """Return a gradient whose pruned entries are limited, and whose kept entries are unchanged.
+    """Return a gradient in which the gradients of pruned weights are limited.
 
-    The largest allowed magnitude is `limit` times the root mean square of the kept entries. The
-    mean ignores kept entries that are 0, such as the gradients of unused rows of an embedding. If
-    all kept entries of the gradient are 0, its pruned entries are set to 0. If the mask keeps no
-    entries, the gradient is unchanged, so that an empty layer can recover.
+    The gradients of kept weights do not change. For pruned weights, the largest allowed magnitude
+    is `limit` times the root mean square of the gradients of the kept weights. The mean ignores
+    gradients that are 0, such as the gradients of unused rows of an embedding. If the gradients of
+    all kept weights are 0, the gradients of the pruned weights are set to 0. If the mask keeps no
+    weights, the gradient is unchanged, so that an empty layer can recover.
 
     Batch normalization multiplies the gradients of a unit by 1 / sqrt(variance + epsilon). If all
-    inputs of a unit are pruned, the variance is close to 0, and the factor is very large. Without a
-    limit, the pruned weights of the unit would grow larger than all other weights, and would be
-    kept instead.
+    inputs of a unit are pruned, its variance is close to 0, and this factor is very large. Without
+    a limit, the pruned weights of this unit would grow larger than all other weights. The mask
+    would then keep the weights of this unit, and prune other weights.
 
     Args:
         gradient: Gradient of the masked weight, a float tensor.
         mask: Boolean tensor in the shape of `gradient`, true for kept entries.
-        limit: Largest magnitude of a pruned entry, divided by the root mean square of the kept
-            entries.
+        limit: Largest gradient magnitude of a pruned weight, divided by the root mean square of the
+            gradients of the kept weights.
 
     Example:
         >>> g, mask = keras.ops.array([1.0, -1.0, 300.0]), keras.ops.array([True, True, False])
@@ -210,11 +211,12 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
 
 
 def _largest(kept, limit):
-    """Return the limit of the gradients of pruned weights, as an absolute value.
+    """Return the largest allowed gradient magnitude of a pruned weight.
 
     Args:
-        kept: Gradient, in which all pruned entries are 0.
-        limit: Largest ratio of a pruned entry to the root mean square of the kept entries.
+        kept: Gradient of the masked weight, set to 0 for all pruned weights.
+        limit: Returned magnitude, divided by the root mean square of the gradients of the kept
+            weights.
     """
     kept = ops.cast(kept, "float32")
     count = numbers.at_least(jit.sum_of_squares(ops.sign(kept)), 1.0)
@@ -222,28 +224,28 @@ def _largest(kept, limit):
 
 
 def _limit_pruned(gradient, kept, largest):
-    """Return a gradient in which the magnitude of pruned entries is at most `largest`.
+    """Return a gradient whose magnitude is at most `largest` for all pruned weights.
 
     Args:
         gradient: Gradient of the masked weight.
-        kept: Gradient, in which all pruned entries are 0.
-        largest: Largest allowed magnitude of a pruned entry, as a float32 tensor.
+        kept: Gradient of the masked weight, set to 0 for all pruned weights.
+        largest: Largest allowed gradient magnitude of a pruned weight, as a float32 tensor.
     """
     largest = ops.cast(largest, gradient.dtype)
-    # `gradient - kept` is 0 in all kept entries. On torch, `+=` overwrites the tensor `pruned`.
+    # `gradient - kept` is 0 for all kept weights. On torch, `+=` overwrites the tensor `pruned`.
     pruned = numbers.at_least(numbers.at_most(gradient - kept, largest), -largest)
     pruned += kept
     return pruned
 
 
 def with_limited_gradient(w: Tensor, mask: Tensor, limit: Tensor | float) -> Tensor:
-    """Return `w` unchanged, and limit the gradient of its pruned entries as in `limit_gradient`.
+    """Return `w` unchanged, and apply `limit_gradient` to its gradient in the backward pass.
 
     Args:
         w: Masked weight, a float tensor.
         mask: Boolean tensor in the shape of `w`, true for kept entries.
-        limit: Largest magnitude of a pruned entry, divided by the root mean square of the kept
-            entries.
+        limit: Largest gradient magnitude of a pruned weight, divided by the root mean square of the
+            gradients of the kept weights.
 
     Example:
         >>> keras_dst.masks.with_limited_gradient(w * mask, mask, 10.0)
@@ -272,8 +274,8 @@ def straight_through_product(
         w: Float tensor.
         scores: Scores by which the weights are ranked, with the shape and dtype of `w`.
         mask: Boolean tensor in the shape of `w`.
-        limit: If given, `dL/dscores = limit_gradient(g, mask, limit) * w`, except that pruned
-            entries get no gradient if the mask keeps no entries. Defaults to None.
+        limit: If given, `dL/dscores = limit_gradient(g, mask, limit) * w`. If the mask keeps no
+            weights, however, `dL/dscores` is 0. Defaults to None.
 
     Example:
         >>> keras_dst.masks.straight_through_product(w, scores, mask)
@@ -372,7 +374,7 @@ class Pattern:
         return self.name == "channel" or math.prod(self._block) > 1
 
     def block(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, ...]:
-        """Return the length of a block along every axis of a weight of the given shape."""
+        """Return the length of a block along each axis, for a weight of the given shape."""
         lengths = [1] * len(shape)
         if self.name == "channel":
             outputs = {axis % len(shape) for axis in layout.outputs}
@@ -402,7 +404,7 @@ class Pattern:
         return _block_sizes(shape, self.block(shape, layout))
 
     def groups(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, ...]:
-        """Return the number of groups along every axis of a weight of the given shape."""
+        """Return how many groups a weight of the given shape has along each axis."""
         return _block_counts(shape, self.block(shape, layout))
 
     def size_range(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, int]:
@@ -412,7 +414,8 @@ class Pattern:
         return math.prod(last), math.prod(block)
 
     def expand(self, groups: Tensor, shape: Sequence[int], layout: Layout = KERNEL) -> Tensor:
-        """Expand a mask with one entry per group to the mask of a weight of the given shape."""
+        """Expand a mask with one entry per group to a mask of the given shape, with one entry per
+        weight."""
         return spread(groups, self.block(shape, layout), shape)
 
     def __repr__(self):
@@ -523,8 +526,8 @@ def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
         for entry in ops.unstack(grouped, m, axis=axis + 1)
     ]
     del scores, grouped  # Free the memory of the scores.
-    # `counts[i]` is the number of entries in a group that rank higher than entry `i`, minus
-    # `m - 1 - i`. Of two equal scores, the earlier score ranks higher.
+    # At the end of the loop, `counts[i] + (m - 1 - i)` entries in the group rank higher than entry
+    # `i`. Of two equal scores, the earlier score ranks higher.
     counts, small = [0] * m, "int8" if m < 128 else "int32"  # Small integers need less memory.
     for i, j in itertools.combinations(range(m), 2):
         is_higher = ops.cast(entries[i] >= entries[j], small)

@@ -89,8 +89,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.kernel_indices: list[int] = []
         self.kernel_names: list[str] = []
         self.states: list[State] = []
-        # At first, the axes in the layouts are defaults. Later, SparseTraining sets the axes that
-        # the layers define.
+        # At first, `layouts` contains default axes. Later, SparseTraining sets the axes that the
+        # layers define.
         self.layouts: list[Layout] = []
         # One tuple per bias or normalization scale of coupled channels: the index of the variable,
         # its channel axis, and the channels along this axis.
@@ -223,8 +223,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
         Args:
             layouts: Axes and channels of all kernels.
-            followers: Variables that are pruned together with the channels, such as biases, as
-                tuples `(variable, axis, index)`. `axis` is the channel axis of the variable.
+            followers: Tuples `(variable, axis, index)` of the variables that are pruned together
+                with channels. Examples are biases. `axis` is the channel axis of the variable.
                 `index[i]` is the channel to which position i along this axis belongs. Entries of
                 the variable that belong to no channel have the index -1. Defaults to no variables.
             model_known: True if `layouts` were read from the layers of a model, and False if
@@ -248,7 +248,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return target == 0 and not isinstance(method.allocation, Mapping)
 
     def _state_specs(self, kernels, steps=None) -> list[dict[str, tuple[Any, str]]]:
-        """Return the initial value and the dtype of every state. All devices support this dtype."""
+        """Return the initial value of every state, and a dtype of the state that all devices
+        support."""
         return [
             {name: (initial, counter_dtype(k, dtype)) for name, (initial, dtype) in specs.items()}
             for k, specs in zip(kernels, self.method.init(kernels, steps))
@@ -337,13 +338,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if replicas > 1:  # The inner optimizer sums the gradients of all replicas.
             grads = [g if g is None else g / replicas for g in grads]
         self.inner_optimizer.apply(grads, variables)
-        del grads, kept_grads  # Free the masked gradients, because `after` creates masked weights.
+        # Free the memory of the gradients before `after` creates masked weights.
+        del grads, kept_grads
         weights, changes = self.method.after(
             carry, [ops.convert_to_tensor(k) for k in kernels], states
         )
         for (_, kernel, state), value, change in zip(pruned, weights, changes):
-            # Assign the states before the kernel. On torch, their new values may be views of the
-            # kernel.
+            # Assign the states before the kernel. On torch, the new value of a state may be a view
+            # of the kernel.
             for name, new in change.items():
                 self.assign(state[name], new)
             self.assign(kernel, value)
@@ -479,7 +481,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._model_known = True  # One warning is enough.
         warnings.warn(
             f"{self.method!r}: the optimizer does not know its model. The channels of each layer "
-            "are therefore ranked separately, so that `shrink` can remove few channels. The "
+            "are therefore ranked separately, and `shrink` can remove only few channels. The "
             f"layers that compute the outputs of the model are pruned too. {fix}",
             stacklevel=2,
         )
@@ -554,8 +556,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def reapply_masks(self) -> None:
         """Set the pruned weights to zero again, after other code assigned values to the weights.
 
-        Some methods store a copy of the weights, such as `Magnitude(revival=True)`. This function
-        also updates the kept weights in the stored copy.
+        Some methods, such as `Magnitude(revival=True)`, store a copy of the weights. This function
+        also updates the kept weights in this copy.
         """
         for kernel, state, specs in zip(self.kernels, self.states, self._state_specs(self.kernels)):
             value, mask = ops.convert_to_tensor(kernel), _mask_of(state)
@@ -573,7 +575,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def _mask_average(self, kernel, state, added=None) -> None:
         """Mask the moving average of a kernel, because callbacks assign the average to the model.
 
-        If the tensor `added` is given, it is added to the average before the mask is applied.
+        If the tensor `added` is given, this function adds `added` to the average before it applies
+        the mask.
         """
         for average in self._averages_of(kernel):
             value = ops.convert_to_tensor(average)

@@ -133,8 +133,8 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
 
     Args:
         results: Dict that maps each label to a list of pairs `(sparsity, value)`. A list may
-            contain several pairs with the same sparsity, for example for several seeds. The plot
-            then shows the mean and the range of their values.
+            contain several pairs with the same sparsity, for example one pair per seed. For these
+            pairs, the plot shows the mean and the range of the values.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
         dense: Value of the dense baseline, drawn as a horizontal line. Defaults to None, which
             draws no line.
@@ -286,7 +286,7 @@ def _end_of(path: str, length: int = 30) -> str:
 
 
 def sensitivity(report, ax=None):
-    """Plot the metric against the sparsity of a weight tensor, with one curve for each weight
+    """Draw one curve per weight tensor: the metric of the model against the sparsity of the weight
     tensor.
 
     Args:

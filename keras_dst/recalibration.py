@@ -27,8 +27,8 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
 
     Args:
         model: A built Keras 3 model: dense, sparse, stripped or shrunk. If the model was trained
-            with DCIL, inference uses the path with masks. Only the statistics of this path are then
-            estimated.
+            with DCIL, only the statistics for forward passes with masks are estimated, because
+            inference uses the masks.
         data: Training data: an array of inputs, a tuple `(inputs, targets)`, or a list or dict of
             arrays for a model with several inputs. An iterable of batches is also accepted, such as
             a `tf.data.Dataset`, a `PyDataset` or a generator. Each batch consists of inputs or is a

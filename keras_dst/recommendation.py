@@ -3,9 +3,9 @@
 Recommendations are based on measured figures in the folder results/, which is not installed with
 the package. This module therefore contains copies of the measured figures. A test compares these
 copies with the files in results/. `Figure.method` names the pruning method with the highest mean
-accuracy. If Magnitude is nearly as accurate, `Figure.method` names Magnitude, which has the lowest
-training cost. Magnitude counts as nearly as accurate if the two mean accuracies differ by at most
-the sum of the two standard deviations.
+accuracy. If Magnitude is nearly as accurate as this method, `Figure.method` names Magnitude,
+because Magnitude has the lowest training cost. Magnitude counts as nearly as accurate if the mean
+accuracies of the two methods differ by at most the sum of their standard deviations.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from keras_dst.masks import Pattern
 
 @dataclass(frozen=True)
 class Figure:
-    """Result of a benchmark that compared pruning methods with one pattern, sparsity and number of
-    epochs.
+    """Result of a benchmark of pruning methods. All methods had the same pattern, sparsity and
+    number of epochs.
 
     Attributes:
         method: Name of the recommended method.
@@ -85,10 +85,10 @@ FIGURES = (
 )
 
 #: Costs of the network `_WIDE_RESNET8` on edge devices, relative to the dense int8 file, from
-# results/micro. The keys of the dict are export targets. In each nested dict, a key is a sparsity
-# in percent or a pattern, and a value is a pair of relative costs. For an NPU, Vela estimated the
-# costs: the size of the weights and the number of cycles. For `micro` (TFLM), the costs are the
-# size of the file and the size of the tensor arena.
+# results/micro. The keys of `TARGETS` are export targets. In a nested dict, a key is a sparsity
+# in percent, such as "80", or a pattern, such as "2:4". A value is a pair of relative costs. For an
+# NPU, Vela estimated the costs: the size of the weights and the number of cycles. For `micro`
+# (TFLM), the costs are the size of the file and the size of the tensor arena.
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     "micro": {"80": (0.338, 4.897), "90": (0.247, 4.897), "95": (0.202, 4.897)},
     "ethos-u55-128": {
@@ -140,8 +140,8 @@ def recommend(
     """Return the pruning method with the highest measured accuracy in a similar training run.
 
     If no training run was measured with the requested arguments, the function uses the most similar
-    measured run, and adds a note. The most similar run has the most similar pattern, then the most
-    similar number of epochs, then the most similar density.
+    measured run, and adds a note. To find the most similar run, the function first compares
+    patterns, then numbers of epochs, then densities.
 
     Args:
         sparsity: Fraction of weights to prune, between 0 and 1.

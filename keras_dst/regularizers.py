@@ -16,9 +16,9 @@ __all__ = ["Budget", "Polarization", "ThresholdPenalty"]
 class ThresholdPenalty(keras.regularizers.Regularizer):
     """Sparse regularization term of DST, `alpha * sum(exp(-t))`, which increases thresholds.
 
-    Deviation from the paper: for thresholds below -1, the tangent of `exp(-t)` at -1 replaces
-    `exp(-t)`. The magnitude of the gradient is therefore at most `alpha * e`, and the penalty does
-    not overflow for large negative thresholds.
+    Deviation from the paper: for a threshold `t` below -1, the penalty uses the tangent line of
+    `exp(-t)` at `t = -1`. The magnitude of the gradient is therefore at most `alpha * e`, and the
+    penalty does not overflow for large negative thresholds.
 
     Args:
         alpha: Weight of the penalty, a number >= 0 or a scalar variable. Defaults to 5e-4.
@@ -49,7 +49,7 @@ class ThresholdPenalty(keras.regularizers.Regularizer):
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Polarization(keras.regularizers.Regularizer):
-    """Consensus penalty `weight * mean(g (1 - g))`, which is 0 if every gate is open or closed.
+    """Consensus penalty `weight * mean(g (1 - g))` on gates `g`, which pushes each gate to 0 or 1.
 
     Args:
         weight: Weight of the penalty, a number >= 0. Defaults to 1.
@@ -106,7 +106,7 @@ class Budget(keras.regularizers.Regularizer):
     def __init__(self, target: float, weight: float = 1.0, costs=None):
         if not _is_scalar_tensor(target) and not (is_number(target) and 0 < target <= 1):
             raise ValueError(
-                "target is the fraction of the total cost that open gates may have, in (0, 1]. "
+                "target is the cost of the open gates as a fraction of the total cost, in (0, 1]. "
                 f"Received: target={target!r}"
             )
         check_number(weight, "weight")
@@ -130,7 +130,7 @@ class Budget(keras.regularizers.Regularizer):
 
 
 def _is_scalar_tensor(value) -> bool:
-    """Return whether a value is a variable or a tensor of a single number."""
+    """Return whether a value is a variable or tensor that holds a single number."""
     is_tensor = isinstance(value, keras.Variable) or ops.is_tensor(value)
     return is_tensor and math.prod(value.shape) == 1
 
@@ -141,5 +141,5 @@ def _as_factor(value, x):
 
 
 def _as_loss(x):
-    """Cast the input of a penalty to the type of the model's loss, which is `floatx`."""
+    """Cast the input of a penalty to `floatx`, which is the dtype of the model's loss."""
     return ops.cast(ops.convert_to_tensor(x), keras.config.floatx())

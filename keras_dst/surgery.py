@@ -55,7 +55,7 @@ _LORA = "LoRA is enabled; call save_weights, which merges it, and load_weights w
 
 @dataclass
 class SparsifyReport:
-    """Result of `sparsify`, which lists the layers that became sparse and the skipped layers.
+    """Report of `sparsify` on a model: the layers that became sparse, and the skipped layers.
 
     The fields correspond to the fields of the `QuantizationReport` that `quantize` returns in Keras
     3.16. `print` shows plain text, and a notebook shows a table.
@@ -419,8 +419,9 @@ def _check_ties(layers) -> None:
                 raise ValueError(
                     f"'{layer.name}' and '{owners[id(variable)]}' hold the same weight "
                     f"'{variable.path}', which can have only one mask. Fix: call a single layer "
-                    "twice, or read the weight from the other layer in `call`. Alternatively, use "
-                    "a method that masks the weights in the optimizer step, such as Magnitude."
+                    "twice, or create the weight in only one layer and read it in `call` of the "
+                    "other layer. Alternatively, use a method that masks the weights in the "
+                    "optimizer step, such as Magnitude."
                 )
             owners[id(variable)] = layer.name
 
@@ -429,8 +430,9 @@ def _config_holds_layers(layer) -> bool:
     """Return whether the config of a layer contains the configs of its inner layers."""
     if not isinstance(layer, keras.Model):
         return False
-    # For models without a class of their own, the answer is known. `get_config` would import
-    # TensorFlow on every backend, if TensorFlow is installed, and this import takes seconds.
+    # The config of a Sequential or Functional model always contains the inner layers. Do not call
+    # `get_config` here, because it would import TensorFlow on every backend, if TensorFlow is
+    # installed. This import takes seconds.
     if type(layer) in (keras.Sequential, _keras.Functional):
         return True
     try:

@@ -27,10 +27,10 @@ _TABLES = re.compile(r"(embeddings?|tokens?)$")
 # Batch size of the symbolic call if the Input does not define the batch size. The batch size is
 # greater than 1, because a model may squeeze axes of size 1.
 _BATCH = 2
-# FLOPs are counted twice: unknown sizes of the inputs are first set to 128, then to 256. If the
-# results differ, the FLOPs depend on the unknown sizes, and the report contains no FLOPs. A model
-# with a short position embedding rejects the sizes 128 and 256, so smaller pairs of sizes are tried
-# next.
+# If an input has axes of unknown size, the FLOPs are counted once with size 128 and once with size
+# 256. If the two counts differ, the FLOPs depend on the unknown size, and the report contains no
+# FLOPs. A model with a short position embedding rejects the sizes 128 and 256, so smaller pairs of
+# sizes are tried next.
 _SIZES = ((128, 256), (32, 64), (8, 16), (2, 4))
 
 
@@ -93,7 +93,7 @@ class _Trace(keras.Operation):
     def call(self, args, kwargs):
         # On PyTorch, Keras first calls the model on the meta device. If the call on the meta device
         # fails, Keras calls the model on another device. Discard the layer calls that were recorded
-        # in the failed call.
+        # on the meta device.
         self.calls.clear()
         self.model(*args, training=False, **kwargs)
         return []

@@ -77,8 +77,8 @@ class SensitivityReport:
         the metric is interpolated linearly.
 
         Args:
-            sparsity: Fraction of zeros over all weights of the report, at most the highest measured
-                sparsity.
+            sparsity: Fraction of zeros over all weights of the report. The value must not exceed
+                the highest measured sparsity.
 
         Returns:
             A dict that maps the path of each weight to its sparsity.
@@ -127,7 +127,7 @@ class SensitivityReport:
         )
 
     def plot(self, ax=None):
-        """Plot the metric against the sparsity of one pruned weight, with a line for every weight.
+        """Draw one curve per weight: the metric of the model against the sparsity of the weight.
 
         Args:
             ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
@@ -287,14 +287,14 @@ class _Kernel:
         return tuple(self.variable.shape)
 
     def masked_value(self):
-        """Return the masked weight, as in the forward pass."""
+        """Return the weight that the forward pass uses, with its mask applied."""
         w = ops.convert_to_tensor(self.variable)
         return w if self.effective is None else self.effective(w)
 
     def assign(self, weight) -> None:
         """Assign a value to the variable.
 
-        Raise ValueError if the masked weight, as in the forward pass, then differs from the value.
+        Raise ValueError if the mask of the layer changes the assigned value in the forward pass.
         """
         self.variable.assign(weight)
         if self.effective is not None and ops.any(

@@ -235,10 +235,11 @@ def report(model, groups: bool = False) -> SparsityReport:
     once per call, and an RNN cell once per time step. A layer that is not called in inference
     counts as 0 FLOPs.
 
-    FLOPs are None if they depend on a size that the input shape does not define. FLOPs are also
-    None for a custom layer whose weight is neither a convolution kernel nor a matrix over the last
-    axis of an input. Weights whose names end in "token" or "embedding" count as 0 FLOPs. The
-    attribute `reason` of the report states why the FLOPs are None.
+    FLOPs are None if they depend on a size that the input shape does not define. In custom layers,
+    FLOPs are counted only for two types of weights: convolution kernels, and matrices that multiply
+    the last axis of an input. FLOPs are None for other weights of custom layers. Weights whose
+    names end in "token" or "embedding" count as 0 FLOPs. The attribute `reason` of the report
+    states why the FLOPs are None.
 
     Args:
         model: A built Keras 3 model or layer. It is not changed.
@@ -299,7 +300,7 @@ def _table_cells(parameters, nonzeros, *flops) -> list[str]:
 
 
 def _bytes_each(dtype: str) -> int:
-    # Most dtype names, such as bfloat16, contain the number of bits. The name "bool" contains no
-    # number, and a boolean takes one byte.
+    # Most dtype names, such as bfloat16, contain the number of bits. The dtype name "bool" contains
+    # no number of bits. A boolean takes one byte.
     bits = re.search(r"\d+", dtype)
     return max(int(bits[0]) // 8, 1) if bits else 1

@@ -53,7 +53,7 @@ class Configurable:
 
     def __hash__(self):
         # Equal objects must have equal hashes. Two objects that were created with the arguments 0
-        # and 0.0 are equal. The hash is therefore computed from the class alone.
+        # and 0.0 are equal. The hash of an object is therefore computed from its class alone.
         return hash(type(self))
 
     def __repr__(self):

@@ -22,7 +22,7 @@ def accepted_size(draw: Callable[[int], Any], run: Callable[[Any], Any], fix: st
         fix: Last part of the error message, which says how to avoid the error.
 
     Raises:
-        ValueError: If the model runs with none of the sizes.
+        ValueError: If the model raises an error for every tried size.
     """
     first: Exception | None = None
     for size in (OPEN_SIZE, *_OTHER_SIZES):

@@ -23,8 +23,8 @@ else:
 
 
 class SparseWeight:
-    """Attribute of a sparse layer that returns the masked tensor when it is read, and stores the
-    variable when it is assigned.
+    """Descriptor of a weight in a sparse layer: a read returns the masked tensor, and an assignment
+    stores the variable.
 
     The variable is stored under the name of the attribute with a leading underscore. Keras's Dense,
     Conv, EinsumDense and Embedding layers also store their weights under a name with a leading
@@ -101,11 +101,11 @@ class EinsumWeight(SparseWeight):
 
 
 def register(cls):
-    """Register a sparse class with Keras under its own name, and give it the `__name__` of its
-    stock class.
+    """Register a sparse class with Keras, and set its `__name__` to the name of its stock class.
 
-    Keras names the layers of a weights file after `type(layer).__name__`. With the name of the
-    stock class, a sparse model can load a weights file of the dense model.
+    Keras registers the class under its original name, such as `SparseDense`. In a weights file,
+    Keras names layers after `type(layer).__name__`. A sparse model can therefore load a weights
+    file of the dense model.
     """
     cls = keras.saving.register_keras_serializable("keras_dst", cls.__name__)(cls)
     cls.__name__ = cls.stock.__name__
@@ -145,8 +145,8 @@ class SparseMixin(_keras.BuildHook):
         # it.
         self.__dict__["sparse_state"] = {}
         for weight in self._masked_attributes():
-            # A built layer stores the variable under the name of the new `SparseWeight`. Move the
-            # variable to another name.
+            # In a built layer, the variable is an instance attribute with the name of the
+            # `SparseWeight`. Rename this instance attribute to `weight.slot`.
             if weight.name in self.__dict__:
                 self.__dict__[weight.slot] = self.__dict__.pop(weight.name)
         if self.built:
@@ -161,12 +161,13 @@ class SparseMixin(_keras.BuildHook):
 
     @classmethod
     def sparse_weights(cls) -> list[SparseWeight]:
-        """Return the attributes of the class for all prunable weights, but not for biases."""
+        """Return all `SparseWeight` attributes of the class, except the attributes of biases."""
         return [w for w in cls._masked_attributes() if not isinstance(w, SparseBias)]
 
     @classmethod
     def has_units(cls) -> bool:
-        """Return whether a method can prune whole output units of the layer with their biases."""
+        """Return whether a method can prune whole output units of the layer, including the
+        biases."""
         return any(isinstance(weight, SparseBias) for weight in cls._masked_attributes())
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
@@ -176,8 +177,8 @@ class SparseMixin(_keras.BuildHook):
                 yield weight.layout_of(self), weight.raw(self), self.sparse_state[weight.name]
 
     def batch_mean(self, layout: Layout, state: State):
-        """Return the gates of a weight, averaged over the batch. The gates are equal for all
-        inputs."""
+        """Return the gates of the output units of a weight. The gates are equal for all inputs, so
+        their mean over a batch is the same."""
         return cast(UnitMethod, self.method).gate(state, layout)
 
     # Create the mask variables after the weights of the Keras layer. The variables then have the
@@ -255,8 +256,9 @@ class SparseMixin(_keras.BuildHook):
         return {**super().get_config(), "method": method}
 
     # Keras saves the weights of a layer by position. The variables of the method are saved by name,
-    # next to the weights of the stock layer. If a file lacks the variables, for example because it
-    # stores a dense model, the variables keep their values. A newly created mask keeps all weights.
+    # next to the weights of the stock layer. If a file lacks the variables of the method, for
+    # example because it stores a dense model, these variables keep their values. A newly created
+    # mask keeps all weights.
     def save_own_variables(self, store):
         own = self.state_variables()
         with self.as_stock():
@@ -273,8 +275,8 @@ class SparseMixin(_keras.BuildHook):
                 variable.assign(store[name])
 
     def copy_stock_weights(self) -> None:
-        """Copy the weights of the Keras layer to the method's variables after a dense file was
-        loaded."""
+        """Copy the weights of the Keras layer to the variables of the method, if the loaded file
+        stores a dense model."""
 
     def state_variables(self) -> dict[str, Any]:
         """Return a dict that maps names to the variables that the method created in the layer."""
@@ -352,7 +354,7 @@ def _with_positive_zeros(value):
 
 
 def expose_variables(layer) -> None:
-    """Set the variables of a layer's method as attributes of the layer.
+    """Store the variables of the pruning method as attributes of the layer.
 
     TensorFlow's checkpoints and SavedModels store a variable only if it is an attribute of an
     object.

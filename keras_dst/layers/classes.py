@@ -47,9 +47,9 @@ class SparseSubclass(SparseMixin):
 class SparseContainer(_keras.BuildHook):
     """Sparse form of a layer or model that creates its inner layers itself.
 
-    The config of the stock class does not describe the inner layers. A layer that is created from
-    the config has plain inner layers. For this reason, the config also stores a recipe: a dict that
-    maps the position of each sparse inner layer to its method.
+    The config of the stock class does not describe the inner layers. A layer that Keras creates
+    from this config therefore has dense inner layers. For this reason, the config also stores a
+    recipe: a dict that maps the position of each sparse inner layer to its method.
     """
 
     stock: type
@@ -118,7 +118,7 @@ def sparse_class(stock: type) -> type[SparseMixin] | None:
 
 
 def container_class(stock: type) -> type:
-    """Return the class for a layer of the class `stock` whose inner layers are sparse."""
+    """Return the `SparseContainer` class of a stock class, for layers with sparse inner layers."""
     return _derive((SparseContainer, stock))
 
 
@@ -141,7 +141,8 @@ def layouts_of(model) -> dict[int, Layout]:
 
 
 def frozen_layers_of(model) -> set[int]:
-    """Return the ids of the layers whose trainable weights are all frozen in the model."""
+    """Return the ids of the layers that have trainable weights, but none in
+    `model.trainable_variables`."""
     trained = set(map(id, model.trainable_variables))
     frozen = set()
     for layer in _keras.flatten_layers(model):

@@ -32,11 +32,11 @@ class Gate(_keras.BuildHook, layers.Layer):
     Args:
         axis: Axis of the channels. Defaults to -1.
         structure: `"channel"` for one gate per channel, or `"branch"` for a single gate that
-            multiplies the whole tensor. At least one channel always stays open, but a branch may be
-            closed completely. Defaults to `"channel"`.
-        dependent: If True, a gating module computes the gates from every input (global average
-            pooling, dense, batch normalization, ReLU, dense, sigmoid). If False, every gate has
-            one trainable logit for all inputs. Defaults to False.
+            multiplies the whole tensor. `Consensus` keeps at least one channel gate open, but it
+            may close a branch gate. Defaults to `"channel"`.
+        dependent: If True, a gating module computes separate gates for every input. The gating
+            module consists of global average pooling, dense, batch normalization, ReLU, dense and
+            sigmoid. If False, every gate has one trainable logit for all inputs. Defaults to False.
         units: Number of units in the first dense layer of the gating module. Defaults to 16.
         momentum: Momentum with which the gating module updates the running mean of its gates.
             Defaults to 0.9.
@@ -94,9 +94,9 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the variables in this dict again, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # The layout of channel gates has one output unit per channel, and `Consensus` keeps at
-        # least one output unit open. The layout of a branch gate has no output units, so
-        # `Consensus` may close the gate.
+        # For channel gates, every channel is an output unit, and `Consensus` keeps at least one
+        # output unit open. For a branch gate, the layout has no output units, so `Consensus` may
+        # close the gate.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
     def build(self, x_shape, context_shape=None):
@@ -176,14 +176,14 @@ class Gate(_keras.BuildHook, layers.Layer):
         return self.method.is_open(self.sparse_state["gate"], self._layout)
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
-        """Yield the layout, the variable and the state of the gates, as `masked_weights` of a
-        sparse layer does."""
+        """Yield `(layout, variable, state)` of the gates, like the method `masked_weights` of a
+        sparse layer."""
         for state in self.sparse_state.values():
             yield self._layout, state["mean" if self.dependent else "logit"], state
 
     def state_variables(self) -> dict[str, Any]:
-        """Return a dict that maps paths to all variables, including the variables of the gating
-        module."""
+        """Return all variables of the layer and of its gating module, as a dict whose keys are
+        paths."""
         return {variable.path: variable for variable in self.variables}
 
     def batch_mean(self, layout: Layout, state: State):

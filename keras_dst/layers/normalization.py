@@ -32,17 +32,18 @@ class PathVariable:
 class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
     """`keras.layers.BatchNormalization` with a second set of variables for the full path.
 
-    This layer prunes nothing. For the full path, the layer has a second scale, a second offset and
-    second moving statistics. The second set of variables starts as a copy of the first set.
+    This layer prunes nothing. The pruned path is the forward pass with masks, and the full path is
+    the forward pass without masks. For the full path, the layer has a second scale, a second offset
+    and second moving statistics. The second set of variables starts as a copy of the first set.
     Inference uses only the variables of the Keras layer. `strip` removes the scale, offset and
     statistics of the full path.
 
     Args:
-        method: Method that trains two paths, such as `methods.DCIL(0.9)`. All other arguments are
-            the arguments of `BatchNormalization`.
+        method: Method that trains a pruned path and a full path, such as `methods.DCIL(0.9)`. All
+            other arguments are the arguments of `BatchNormalization`.
 
     Raises:
-        ValueError: If the method trains only one path.
+        ValueError: If the method trains no full path.
 
     Example:
         >>> keras_dst.layers.SparseBatchNormalization(method=keras_dst.methods.DCIL(0.9))

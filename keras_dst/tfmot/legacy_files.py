@@ -199,8 +199,8 @@ def _layer_config(entry: dict) -> dict:
     if cls is None or cls is keras.layers.Lambda:
         reason = "runs code from the file" if cls else "is neither a Keras 3 class nor registered"
         raise ValueError(
-            f"'{_name(entry)}' is a {name}, which {reason}. Write a Keras 3 layer for the class "
-            "with @keras.saving.register_keras_serializable(), and load the file again."
+            f"'{_name(entry)}' is a {name}, which {reason}. Write this class as a Keras 3 "
+            "layer with @keras.saving.register_keras_serializable(), and load the file again."
         )
     config = entry["config"] if custom else _arguments(cls, entry["config"])
     return {
@@ -359,7 +359,7 @@ class _KerasFormat:
 
 
 def _names_in(entry) -> set[str]:
-    """Return the names of a layer, of its wrapper, and of all its inner layers."""
+    """Return the names of a layer, of the wrapper around it, and of all layers inside it."""
     inner = [_names_in(x) for x in entry["config"].get("layers", [])]
     return {_name(entry), _name(_unwrapped(entry))}.union(*inner)
 

@@ -91,7 +91,8 @@ class PruneLowMagnitude(LayerMethod):
         return super().build(layer, name, variable, layout)
 
     def apply(self, w, state, layout):
-        # The forward pass uses the masked weight m w, but every entry of w gets a gradient.
+        # The forward pass uses the masked weight, but every entry of `w` gets a gradient, also if
+        # it is pruned.
         return w - ops.stop_gradient(ops.where(self.mask(w, state), 0, w))
 
     def is_update(self, step: int) -> bool:

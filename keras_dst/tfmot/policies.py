@@ -114,8 +114,9 @@ def _producers_of(tensor, fed: dict[Any, list]) -> list:
 
 
 def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list]]:
-    """Return a dict from operations to their producers, and a dict from operations to their
-    consumers. Both dicts include the operations of nested models."""
+    """Return two dicts with the neighbors of every operation in a graph. The first dict lists the
+    operations that compute its inputs, and the second dict lists the operations that read its
+    outputs. Both dicts include the operations of nested models."""
     producers: dict[Any, list] = {}
     consumers: dict[Any, list] = {}
     for node in _keras.nodes_in_order(graph):
