@@ -224,8 +224,8 @@ class BuildHook(_Layer):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # If Keras renamed `_lock_state`, Keras would never call the method `_lock_state` of this
-        # class.
+        # Keras calls `_lock_state` after `build`. If Keras renamed this method, `after_build` would
+        # never run.
         _require(keras.Layer, "_lock_state")
 
     def after_build(self) -> None:
@@ -574,8 +574,8 @@ def set_own_variables(optimizer, variables: list) -> None:
 
 
 def _numbered_names(variables) -> list[tuple[str, int]]:
-    """Return a pair (name, number) for each variable. The number distinguishes variables with the
-    same name."""
+    """Return a pair of a name and a number for each variable. Variables with the same name get the
+    numbers 0, 1, 2 and so on."""
     seen: Counter[str] = Counter()
     names = []
     for variable in variables:

@@ -25,12 +25,12 @@ class _Guesses:
     """Conditions whose values a function has guessed during one call.
 
     Attributes:
-        conditions: Guessed conditions, as boolean scalars on the GPU. If all guesses were right,
-            all scalars are true.
-        branches: Indices in `conditions`: one condition for each call of the function `cond`.
-        rare: Calls of the function `cond`, as indices in `branches`. In these calls, `cond` takes
-            its rare branch, because the rare branch was right in the previous run of the wrapped
-            function.
+        conditions: Guessed conditions, as boolean scalars on the GPU. A scalar is true if its guess
+            was right.
+        branches: For each call of the function `cond`, the index of its condition in `conditions`.
+        rare: Numbers of the calls in which the function `cond` takes its rare branch, counted from
+            0. In the previous run of the wrapped function, the rare branch was right in these
+            calls.
     """
 
     def __init__(self, rare: set[int]):
@@ -68,7 +68,7 @@ def with_guesses(update: Callable) -> Callable:
             found = None  # Free the results of the wrong guess.
             wrong = {n for n, i in enumerate(guesses.branches) if not right[i]}
             if len(wrong) < right.count(False):
-                break  # A condition from `add` was false, and `add` has no alternative branch.
+                break  # The function `add` guessed wrong, and has no second branch.
             rare.symmetric_difference_update(wrong)
         return update(*args)
 
@@ -76,8 +76,8 @@ def with_guesses(update: Callable) -> Callable:
 
 
 def are_allowed() -> bool:
-    """Return whether conditions may be guessed. This is the case on PyTorch, within a function that
-    `with_guesses` wraps."""
+    """Return whether conditions may be guessed. Conditions may be guessed only on PyTorch, within a
+    function that `with_guesses` wraps."""
     return keras.backend.backend() == "torch" and _current.get() is not None
 
 

@@ -83,8 +83,8 @@ def is_known_false(flag) -> bool:
 
 
 def outside_torch_graph(fn):
-    """Return a wrapper of `fn` that torch.compile does not trace. Compiled code calls the wrapper
-    between two graphs."""
+    """Return a wrapper of `fn` that torch.compile does not trace. torch.compile splits the graph of
+    the caller in two, and calls the wrapper between the two graphs."""
     if keras.backend.backend() != "torch":
         return fn
 

@@ -1,9 +1,9 @@
 """The memory policy of the C library: whether a process keeps the memory that it frees.
 
 glibc immediately returns free blocks of more than 32 MiB to the system. The next training step must
-request this memory again, page by page. These requests can take as long as the computation of the
-step. A sparse training step needs larger blocks of memory than a dense step. A sparse step can
-therefore need blocks of more than 32 MiB even if the dense step does not.
+request this memory again, page by page. Requesting the memory can take as long as the computation
+of the training step. A sparse training step needs larger blocks of memory than a dense step. A
+sparse step can therefore need blocks of more than 32 MiB even if the dense step does not.
 
 The memory policy applies to the whole process. `SparseTraining` therefore changes the memory policy
 only if the argument `keep_memory` is True.
@@ -39,7 +39,8 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Return free memory to the system now, and allow glibc to return large blocks from now on."""
-    # If a program never calls `mallopt`, glibc itself raises its two thresholds up to these values.
+    # If a program never calls `mallopt`, glibc raises its mmap threshold up to 32 MiB and its trim
+    # threshold up to 64 MiB.
     _set(mmap=32 * _MIB, trim=64 * _MIB)
     if glibc():
         glibc().malloc_trim(0)

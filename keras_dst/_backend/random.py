@@ -21,7 +21,7 @@ from keras_dst._backend.rows import bundles
 Tensor = Any
 
 _SIZE = 1 << 20  # Number of entries in the table of normal random numbers.
-_NARROW, _WIDE = 1 << 8, 1 << 13  # Smallest and largest row width of this table.
+_NARROW, _WIDE = 1 << 8, 1 << 13  # Smallest and largest row width of the table of random numbers.
 
 
 def bits(*numbers: Tensor) -> Tensor:
@@ -72,9 +72,9 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     """Return normally distributed float32 random numbers. The numbers differ from step to step.
 
     The function copies randomly chosen rows of a table with about a million random numbers. Copying
-    rows is faster than computing random numbers. For a large tensor, the table has rows of the same
-    width as the tensor, and therefore only a few rows. In this case, the table contains each row
-    with both signs, so that the noise of every weight has a mean of 0.
+    rows is faster than computing random numbers. The table for a large tensor has rows of the same
+    width as the tensor, and therefore only a few rows. This table contains every row twice, with
+    opposite signs, so that the noise of every weight has a mean of 0.
 
     Args:
         shapes: Shapes of the results.
@@ -97,7 +97,7 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     for members in bundles([math.prod(shape) for shape in shapes]):
         alone = len(members) == 1
         # XLA copies whole rows only if the rows of the table are as wide as the rows of the tensor.
-        # If the widths differ, XLA copies each number separately.
+        # If the rows of the table have another width, XLA copies each number separately.
         width = _width(shapes[members[0]]) if alone else _NARROW
         numbers = ops.reshape(table(alone), (-1, 1 << (width - 1).bit_length()))
         sizes = [math.prod(shapes[i]) for i in members]

@@ -158,8 +158,8 @@ class _Ranking(Scores):
     """Search for the thresholds that the highest scores exceed, for all tensors together or for
     each tensor separately.
 
-    Comparisons treat infinite and NaN scores as finite scores (see `top_k`). The stored scores do
-    not change.
+    In comparisons, infinity and NaN count as finite scores (see `top_k`). The tensors in
+    `self.scores` keep their infinite and NaN scores.
     """
 
     def __init__(self, scores, together, sizes=None, first=None):
@@ -271,7 +271,7 @@ class _Ranking(Scores):
             return [self._with_ties(b, s, low, high, end, first) for b, s, first in bundles]
 
         # Call `ops.cond` once for the masks of all tensors. With one call per tensor, XLA would
-        # compile both branches once per tensor.
+        # compile the functions `some` and `none_or_all` once per tensor.
         return ops.cond(ops.any(some_fit), some, none_or_all)
 
     def _with_ties(self, b, s, low, high, end, first):
@@ -317,13 +317,13 @@ class _Ranking(Scores):
         """Search for the threshold of each ranking. Each step tries one candidate for the
         threshold.
 
-        The count of a threshold is the number of weights above the threshold. The method
-        interpolates the count linearly between the lower and the upper threshold. The next
-        candidate is the threshold at which the interpolated count equals `kept` (false position).
-        If the lower or the upper threshold stays the same for two steps, the method halves the
-        difference between the count of this threshold and `kept` (Illinois variant). Every third
-        step tries the midpoint between the lower and the upper threshold. The number of steps is
-        therefore limited for any distribution of scores.
+        The count of a threshold is the number of weights above the threshold. The search assumes
+        that the count changes linearly between the lower and the upper threshold. The next
+        candidate is the threshold at which this linear function equals `kept` (false position).
+        Each of the two thresholds has an error: the difference between its count and `kept`. If a
+        threshold stays the same for two steps, the search halves the error of this threshold
+        (Illinois variant). Every third step tries the midpoint between the lower and the upper
+        threshold. The number of steps is therefore limited for any distribution of scores.
 
         Dowell and Jarratt analyze the Illinois variant in "A modified regula falsi method for
         computing the root of an equation", BIT 11 (1971).
@@ -414,8 +414,8 @@ class _Ranking(Scores):
         )
 
     def _sample_bounds(self, kept):
-        """Return two scores from a sample of all scores. The threshold for all tensors together
-        probably lies between these two scores."""
+        """Return an upper and a lower bound, between which the common threshold of all tensors
+        probably lies. Both bounds are scores from a sample."""
         row_stride, column_stride = _SAMPLE_STRIDES
         rows = [s[::row_stride, column_stride // 2 :: column_stride] for s in self.scores]
         sample = ops.sort(ops.concatenate([ops.reshape(r, (-1,)) for r in rows]))
@@ -426,8 +426,7 @@ class _Ranking(Scores):
         return [ops.take(sample, ops.cast(end, "int32")) for end in ends]
 
     def _last_ties(self, low, high, firsts, room):
-        """Return, for every ranking, the position that follows the last kept entry with a tied
-        score.
+        """Return, for every ranking, the position after the last tied entry that is kept.
 
         Args:
             low: Lower threshold. Scores between `low` and `high` count as tied.
@@ -488,8 +487,9 @@ class _Ranking(Scores):
         the threshold, or if the weight is always kept."""
         count = self._count_scores(thresholds)
         # In each tensor, two sets of entries are kept: the entries above the threshold, and the
-        # entries that are always kept. Both sets hold the highest scores, so one set contains the
-        # other, and the count is the size of the larger set.
+        # entries that are always kept. Both sets consist of the highest scores of the tensor, so
+        # the larger set contains the smaller set. The number of kept entries is therefore the size
+        # of the larger set.
         if self.first_weights is not None:
             count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)
@@ -515,8 +515,8 @@ class _Ranking(Scores):
         matrix.
 
         On a CPU, `reduce` receives 256 rows at a time. XLA and TensorFlow write a mask to memory,
-        with four bytes per entry, before they sum the mask. If the mask has only 256 rows, it needs
-        little memory. Arguments that are not matrices are passed to `reduce` unchanged.
+        with four bytes per entry, before they sum the mask. A mask of only 256 rows needs little
+        memory. Arguments that are not matrices are passed to `reduce` unchanged.
         """
         rows = matrices[0].shape[0]
         slabs = rows // _SLAB_ROWS

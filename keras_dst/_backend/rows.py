@@ -1,4 +1,4 @@
-"""Matrices of scores, in which every tensor fills rows of its own.
+"""Matrices of scores, in which every row stores scores of a single tensor.
 
 Small tensors are joined into bundles (one matrix for several tensors), so that few operations are
 compiled. Large tensors are not copied.
@@ -38,7 +38,7 @@ class Rows:
         start: For each matrix row, the position of the row's first entry within its tensor. If all
             tensors are ranked together, positions are counted in the concatenation of all tensors.
         left: For each matrix row, the number of entries from the start of the row to the end of its
-            tensor. The attribute is None if every row is full.
+            tensor. `left` is None if every row is full.
         first_rows: For each tensor of the bundle, the index of the first matrix row that stores the
             tensor.
     """
@@ -131,7 +131,7 @@ class Scores:
             tops = ops.logical_and(b.owner, highest >= ops.max(tops, axis=1, keepdims=True))
             places = ops.arange(count, dtype="int32")
             # If a tensor contains NaN, its highest score is NaN, and no row has an equal score. The
-            # result is then the last row, so that the row index is always valid.
+            # function then returns the index of the last row, which is always a valid index.
             rows = ops.min(numbers.where(tops, places, count - 1), axis=1)
             best = finite(ops.take(s, rows, axis=0))
             yield rows, ops.cast(ops.argmax(best, axis=1), "int32")

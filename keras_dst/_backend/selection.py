@@ -4,8 +4,8 @@ A sample of the scores gives a lower and an upper bound for each threshold. The 
 certainly lies between the two bounds. The few scores between the lower and the upper bound are
 copied and sorted. The vector of copies has a fixed length, so the host need not wait for the number
 of copied scores. The selection assumes that each threshold lies between its bounds, and the host
-checks this later (see `guesses.py`). If a threshold lies outside of its bounds, for example because
-a million scores are equal, `ranking.py` searches for the threshold.
+checks this later (see `guesses.py`). A threshold can lie outside of its bounds, for example if a
+million scores are equal. `ranking.py` then searches for the threshold.
 
 On a CPU, this module sorts the scores of small models, which is faster than a search.
 """
@@ -31,8 +31,8 @@ _SORTED_ON_CPU = 1 << 16  # On a CPU, more scores are not sorted, because a sear
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
 _DEVIATIONS = 5  # Each bound is this many standard deviations away from the expected threshold.
 # If all tensors are ranked together, most scores between the bounds may belong to a few tensors.
-# For each bundle, the vector of copies therefore has up to `_CONCENTRATION` times as many entries
-# as an even distribution of the scores would need.
+# Each bundle therefore has a longer vector of copies than an even distribution of the scores needs.
+# The vector is longer by a factor of at most `_CONCENTRATION`.
 _CONCENTRATION = 16
 
 
@@ -118,8 +118,9 @@ def _is_finite(scores: Scores, low, above, between):
     """Return one boolean per ranking: True if the lower bound or all scores of the ranking are
     finite.
 
-    If neither the lower bound nor all scores are finite, a score of minus infinity would be tied
-    with the smallest finite score.
+    The copies contain only scores above the lower bound. If the lower bound is minus infinity, the
+    copies therefore lack the scores of minus infinity, although these scores are tied with the
+    smallest finite score.
     """
     return (low >= -LARGEST) | ops.equal(above + between.counts, scores.lengths)
 
@@ -179,8 +180,8 @@ def _limits(scores: Scores) -> list[int]:
 
     def limit(length, total):
         # The position of the threshold in the sorted sample has a standard deviation of at most
-        # half the square root of the sample's size. The positions of the two bounds are 2 *
-        # `_DEVIATIONS` such standard deviations apart.
+        # half the square root of the sample's size. The positions of the two bounds differ by 2 *
+        # `_DEVIATIONS` times this standard deviation.
         share = _DEVIATIONS / math.sqrt(total / _STRIDE)
         most = share * min(1.5 * total, _CONCENTRATION * length)
         return min(length, math.ceil(most) + 32 * _DEVIATIONS * _STRIDE)
@@ -195,7 +196,7 @@ class _Between:
 
     Attributes:
         values: Vector of the copied scores, ordered by ranking, and within a ranking in descending
-            order. The vector ends with unused entries.
+            order. The entries after the last copied score are not used.
         ranks: For each score in `values`, its rank within its ranking. Only copied scores count,
             and the highest score has rank 0.
         first: Index in `values` at which the scores of each ranking begin.
@@ -203,8 +204,8 @@ class _Between:
     """
 
     def __init__(self, scores: Scores, low, above):
-        """Copy and sort the scores that exceed `low`. Leave out the scores at which the masks
-        `above` are True."""
+        """Copy and sort the scores that exceed `low`. Leave out every score for which the mask in
+        `above` is True."""
         self.scores = scores
         self.places, used, values, tensor = [], [], [], []
         number = scores.lengths.shape[0]
@@ -223,8 +224,8 @@ class _Between:
             self.places.append(place)
             used.append(is_used)
         values, used = ops.concatenate(values), ops.concatenate(used)
-        # As in `ranking.py`, positive scores below `SMALLEST` are tied. Zeros and negative scores
-        # above `-SMALLEST` are tied, too.
+        # As in `ranking.py`, all positive scores below `SMALLEST` are tied. Zeros are tied with all
+        # negative scores above `-SMALLEST`.
         tiny = numbers.at_least(ops.sign(values), 0) * (SMALLEST / 2)
         order = ops.argsort(-ops.where(ops.abs(values) < SMALLEST, tiny, values))
         self.ranks = ops.arange(order.shape[0], dtype="int32")

@@ -71,7 +71,7 @@ class _Builder:
     def _apply(self, handler: ChannelHandler, args: tuple, kwargs: dict):
         """Call the operation of the smaller model that replaces `handler.op`.
 
-        The method creates the replacement when an operation is called for the first time.
+        The first call of `handler.op` creates the replacement, and later calls use it again.
         """
         op, removed = handler.op, self.plan.removed
         if id(op) in self.operations or not handler.can_slice:

@@ -58,10 +58,10 @@ class CoupledChannels:
     """All channels of a model, in groups. `shrink` removes the channels of a group from the same
     layers.
 
-    Every channel has an integer id. `Member.axes` lists the ids along each axis of a variable. If
-    two slices of variables have the same id, both slices are kept, or both are removed. The
-    channels of the first group have the smallest ids, then follow the channels of the second group,
-    and so on.
+    Every channel has an integer id. `Member.axes` lists the ids along each axis of a variable. All
+    slices of variables that have the same id are kept or removed together. The channels of the
+    first group have the smallest ids, the channels of the second group have the next ids, and so
+    on.
 
     To prune channels, create a boolean array `dead` with one entry per id, which is True for pruned
     channels. Then change every `member` in `members`:
@@ -69,8 +69,8 @@ class CoupledChannels:
     * If `member.output` is not None, let `ids` be `member.axes[member.output]`. Set
       `member.variable` to zero at all indices of the axis `member.output` at which `dead[ids]` is
       True.
-    * If `member.follows` is True, `member.axes` maps a single axis to its `ids`. Set
-      `member.variable` to zero at all indices of this single axis at which `dead[ids]` is True.
+    * If `member.follows` is True, `member.axes` has a single item `(axis, ids)`. Set
+      `member.variable` to zero at all indices of `axis` at which `dead[ids]` is True.
 
     All dead channels are then exactly zero, and `shrink` can remove all dead channels. The saliency
     of a channel is the sum of the saliencies of all weight entries that have the channel's id along
@@ -83,8 +83,8 @@ class CoupledChannels:
             groups whose channels cannot be removed.
         count: Number of ids.
         uses: Dict that maps the id of each prunable variable to its use count: how often each entry
-            is multiplied for one sample. The use count is None if the number of multiplications is
-            unknown.
+            is multiplied for one sample. The use count of a variable is None if the number of
+            multiplications is unknown.
         other_parameters: Number of parameters in the variables that `members` does not list.
         other_flops: FLOPs of the variables that `members` does not list, or None if the FLOPs are
             unknown.

@@ -56,8 +56,8 @@ class _ReasonFinder:
         )
 
     def _follow(self, calls: list[ChannelHandler]) -> tuple[set[int], dict[int, str]]:
-        """Return the ids of the channels that later layers read, and a dict of reasons. The dict
-        maps the id of a channel to the reason why the channel cannot be removed."""
+        """Return a set and a dict. The set holds the ids of the channels that later layers read.
+        The dict maps the id of a channel to the reason why the channel cannot be removed."""
         read: set[int] = set()
         why: dict[int, str] = {}
         reached = {id(handler.y) for handler in calls}

@@ -52,8 +52,8 @@ class Tensor:
         return (self.shape[self.axis] or 0) if len(self.shape) > 1 else 0
 
     def set_channels(self, axis: int, constant: np.ndarray | None = None) -> None:
-        """Set the channel axis, and the constant value of each channel. If `constant` is None, all
-        channels count as dependent on the input."""
+        """Store the channel axis and the constant value of each channel in the tensor. If
+        `constant` is None, all channels count as dependent on the input."""
         self.axis = axis
         self.constant = np.full(self.channels, UNKNOWN) if constant is None else constant
 
@@ -77,8 +77,8 @@ class Call:
         kwargs: Keyword arguments, without masks that Keras passes automatically.
         outputs: The output tensors.
         prefix: Names of the nested models that contain the call, joined by underscores.
-        constant_terms: Constant inputs of an addition. The smaller model does not compute these
-            inputs.
+        constant_terms: Constant inputs of an addition. The smaller model does not compute the
+            tensors in `constant_terms`.
     """
 
     op: Any

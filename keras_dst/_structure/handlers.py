@@ -128,14 +128,14 @@ class ChannelHandler:
         return np.zeros(self.y.channels, bool)
 
     def broken_constants(self, x: Tensor) -> np.ndarray:
-        """Return the ids of the constant input channels whose output channels are not constant."""
+        """Return the ids of the channels that are constant in the input, but not in the output."""
         return x.ids[:0]
 
     def reason_for(self, others: str) -> str:
         """Return the reason why a constant input channel does not stay constant in the output.
 
         Args:
-            others: Names of the layers in which a coupled channel is not constant.
+            others: Names of the layers that compute a non-constant value for the channel.
         """
         if others and len(self.called_on) > 1:
             return f"is also called on {others}, whose channel is in use; {_SAME_CHANNEL}"
@@ -415,14 +415,15 @@ class Rearrangement(ChannelHandler):
         return places.ndim
 
     def _rows(self, values: np.ndarray) -> np.ndarray:
-        """Rearrange values of the input channels as the layer rearranges its input. The result is a
-        matrix with one row per position and one column per output channel."""
+        """Rearrange a vector of one value per input channel, as the layer rearranges its input. The
+        result is a matrix with one column per output channel, and one row per position of the
+        output."""
         moved = np.moveaxis(self._rearranged(values), self.y.axis - 1, -1)
         return moved.reshape(-1, self.y.channels)
 
     def _rearranged(self, values: np.ndarray) -> np.ndarray:
-        """Apply the layer to one sample, and return the output. Entry i of `values` is the value of
-        input channel i at all positions.
+        """Apply the layer to a sample in which every channel has the same value at all positions,
+        and return the output. Entry i of `values` is the value of input channel i.
 
         Unknown sizes of the input are replaced by 2, because every size above 1 gives the same
         result.
@@ -478,7 +479,7 @@ class KernelLayer(ChannelHandler):
         return np.any(self.w != 0, axis=self.window)
 
     def response(self, constants: np.ndarray) -> np.ndarray:
-        """Return what the given constant input channels add to the output of every unit."""
+        """Return the sum that the given constant input channels add to the output of each unit."""
         rows = constants.nonzero()[0]  # usually few, or none
         return constants[rows] @ self.w[..., rows, :].sum(self.window, dtype="float64")
 
@@ -535,9 +536,9 @@ class KernelLayer(ChannelHandler):
         return np.where(np.all(constants == constants[0], 0), constants[0], UNKNOWN)
 
     def can_lose(self) -> np.ndarray:
-        """Return a boolean array that is True for input channels that can be removed although kept
-        units read these channels. The channels are constant, so their contribution can move to the
-        bias or to another channel.
+        """Return a boolean array that is True for each constant input channel that can be removed
+        even if kept units read the channel. The contribution of such a channel moves to the bias or
+        to another channel.
         """
         return ~np.isnan(self.common_constant())
 
@@ -551,8 +552,8 @@ class KernelLayer(ChannelHandler):
         """Return the index of a constant input channel that replaces the removed constant channels.
 
         If the layer pads with zeros, a bias cannot replace the removed channels. The kernel entries
-        for the returned channel are changed instead, so that the outputs stay the same. Return None
-        if a bias can replace the removed channels, or if the removed channels are 0.
+        for one constant channel are then changed instead, so that the outputs stay the same. Return
+        None if a bias can replace the removed channels, or if the removed channels are 0.
         """
         kept, constant = ~removed[self.x.ids], self._removed_constants(removed)
         if not self.pads_with_zeros or not constant.any():
@@ -562,8 +563,8 @@ class KernelLayer(ChannelHandler):
         return int(best.argmax())
 
     def _removed_constants(self, removed: np.ndarray) -> np.ndarray:
-        """Return one value per input channel: the constant value if the channel is removed although
-        kept units read the channel, otherwise 0."""
+        """Return one value per input channel. If a channel is removed although kept units read the
+        channel, its value is the constant of the channel. Otherwise, its value is 0."""
         lost = removed[self.x.ids] & self.reads[:, ~removed[self.unit_ids]].any(1)
         return np.where(lost, np.nan_to_num(self.common_constant()), 0.0)
 
@@ -591,7 +592,8 @@ class KernelLayer(ChannelHandler):
         return [self.w.compress(kept, -2).compress(units, -1)]
 
     def _to_layer_axes(self, weights: list[np.ndarray]) -> list[np.ndarray]:
-        """Transpose kernels from the axis order of `w` to the axis order of the layer."""
+        """Transpose kernels from the axis order of the property `w` to the axis order of the
+        layer."""
         return weights
 
 

@@ -81,8 +81,8 @@ class Split(ChannelHandler):
             y.set_channels(self.x.axis)
 
     def _parts(self, values: np.ndarray) -> list[np.ndarray]:
-        """Return one array per output tensor, with the values of its channels. The argument has one
-        value per input channel."""
+        """Return one array per output tensor, with one value for each channel of the tensor. The
+        argument `values` has one value for each input channel."""
         if self.axis != self.x.axis:
             return [values] * len(self.call.outputs)
         ends = np.cumsum([y.channels for y in self.call.outputs])

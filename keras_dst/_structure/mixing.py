@@ -18,8 +18,9 @@ class LayerNorm(Normalization):
     """Layer normalization over the channels.
 
     The mean and the variance are computed over all channels, including channels that are zero.
-    Before the normalization, the smaller model therefore appends zeros in place of the removed
-    channels. After the normalization, the smaller model discards the appended channels.
+    Before the normalization, the smaller model therefore appends channels of zeros in place of the
+    removed channels. After the normalization, the smaller model discards the channels that it
+    appended.
     """
 
     def members(self) -> list[Member]:

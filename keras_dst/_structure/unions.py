@@ -24,8 +24,8 @@ class Member:
             is -1 for kernels of `Dense` and of convolutions, and -2 for depthwise and transposed
             kernels.
         follows: True if the entries of pruned channels must be set to zero, so that pruned channels
-            output exactly zero. `follows` is True for a bias, for example, and False for kernels
-            and for moving variances.
+            output exactly zero. For example, `follows` is True for a bias. `follows` is False for
+            kernels and for moving variances.
         shrinks: False if the variable keeps its size when channels are removed. For example, the
             variables of a layer normalization keep their size, because the smaller model fills in
             zeros for the removed channels.
@@ -102,8 +102,8 @@ class ChannelUnions:
         return roots
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
-        """Return a dict of the reasons why sets of coupled channels cannot be removed. The keys are
-        the smallest channel ids of the sets.
+        """Return a dict that maps sets of coupled channels to the reasons why the sets cannot be
+        removed. The key of a set is the smallest id of its channels.
         """
         found: dict[int, str] = {}
         for ids, reason in self._pinned:

@@ -108,7 +108,8 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         for axis, ids in member.axes.items()
         if member.follows and (numbers[ids] >= 0).any()
     ]
-    # A closed gate may open again, so the biases and scales of its channel must keep their values.
+    # A `UnitMethod` may open a closed gate again, so pruning must not change the biases and scales
+    # of a channel with a closed gate.
     if isinstance(method, UnitMethod):
         following = []
     trained = {id(variable) for variable in model.trainable_variables}
@@ -197,8 +198,8 @@ def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndar
     """Return the arrays that `ChannelGroups` receives as `shares` and `costs`."""
     owner = np.append(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
     stays = np.eye(len(sizes) + 1)[-1]
-    # The first entry of both lists stands for all variables that never lose channels. Its cost is
-    # the total cost of these variables.
+    # The first entries of `shares` and `costs` stand for all variables that never lose channels.
+    # The first entry of `costs` is the total cost of these variables.
     shares, costs = [[stays, stays]], [[coupled.other_parameters, coupled.other_flops]]
     for member in coupled.members:
         size = int(np.prod(member.variable.shape))

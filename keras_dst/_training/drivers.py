@@ -592,8 +592,7 @@ class LayerDriver(Driver):
 
     # The optimizer counts the steps, and its counter is part of every checkpoint. A sparse layer
     # stores its own step count and the value of the optimizer's counter at that step. When
-    # `compile` resets the optimizer's counter, the layer continues its own count from these two
-    # numbers.
+    # `compile` resets the optimizer's counter, the layer therefore continues its own step count.
 
     def _iterations(self) -> int:
         optimizer = _optimizer_of(self.model, self.weights)

@@ -4,8 +4,8 @@ Keras calls no hook when `fit` raises an exception. However, Keras's `fit` keeps
 last training step in a local variable. The training step is therefore patched, so that its logs
 hold a reference to a small object, the token. Python frees the logs and the token when `fit`
 returns or raises an exception. A finalizer of the token then restores the attributes of the model.
-While an exception from `fit` is handled, its traceback keeps the local variables of `fit` alive. In
-this case, the patched methods stay on the model until Python frees the exception. The patched
+While an exception from `fit` is handled, its traceback keeps the local variables of `fit` alive.
+The patched methods therefore stay on the model until Python frees the exception. The patched
 methods behave like the original methods, except that files are written atomically.
 """
 
@@ -126,7 +126,7 @@ class ActiveFit:
     def is_patched(self) -> bool:
         """True if a callback has registered a patch for this `fit`.
 
-        A patch that only skips batches does not count.
+        The property ignores a training step that is patched only to skip batches.
         """
         return bool(self._patches or self._drivers)
 

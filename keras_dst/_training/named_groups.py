@@ -33,8 +33,8 @@ def with_named_groups(
 
     Raises:
         ValueError: If a name matches no layer or weight, or if a weight occurs twice. A ValueError
-            is also raised if the weights of a group have different numbers of channels. The graph
-            of the model must not already couple the channels of a weight.
+            is also raised if the weights of a group have different numbers of channels, or if
+            `coupled` already lists a weight of a group.
     """
     known = {id(member.variable) for member in coupled.members}
     groups, members, count = list(coupled.groups), list(coupled.members), coupled.count

@@ -27,17 +27,16 @@ _EPSILON = 1e-7  # Lower bound at which Keras's losses clip probabilities before
 class TwoPathLoss:
     """Replacement of a model's `compute_loss` that trains both paths.
 
-    A training step runs the model a second time, without masks. The total loss is the sum of three
-    terms: the loss of the pruned path, the loss of the full path, and the divergence between their
-    outputs. Metrics use only the outputs of the pruned path. The total loss contains the losses of
+    A training step runs the model a second time, without masks. The total loss adds the loss of the
+    pruned path, the loss of the full path, and the divergence between the outputs of the two paths.
+    Metrics use only the outputs of the pruned path. The total loss contains the losses of
     regularizers and of `add_loss` only once.
 
     Args:
         model: Model that is trained.
-        divergence: Function that receives the logits of the pruned path and the logits of the full
-            path, with the classes on the last axis. For every vector of logits, the function
-            returns the divergence between the outputs of both paths. If None, the loss has no
-            divergence term.
+        divergence: Function with two arguments: the logits of the pruned path and the logits of the
+            full path. The classes are on the last axis. The function returns one divergence for
+            each pair of logit vectors. If None, the loss has no divergence term.
         on_trace: Function that is called each time Keras traces a training step.
         inner: Original `compute_loss` method, which `TwoPathLoss` replaces.
         takes_training: Whether `inner` takes the argument `training`.
@@ -78,7 +77,8 @@ class TwoPathLoss:
 
     @contextlib.contextmanager
     def _without_penalties(self):
-        """Within this context, losses contain no penalties and change no variables."""
+        """Within this context, compute losses without penalties, and keep all variables
+        unchanged."""
         variables = [*self.model.variables, *self.model.metrics_variables]
         with (
             _keras.without_additional_losses(self.model),
