@@ -673,7 +673,8 @@ class LayerDriver(Driver):
                 f"{self.method!r} trains two paths within compute_loss, but the train_step of "
                 f"'{self.model.name}' does not call compute_loss. Call self.compute_loss(x=x, "
                 "y=y, y_pred=y_pred, sample_weight=sample_weight, training=True) in train_step. If "
-                "train_step needs other losses, use a method with one path, such as DST."
+                "train_step cannot call compute_loss, use a method that trains a single path, such "
+                "as DST."
             )
 
     def advance(self, batches):

@@ -102,8 +102,8 @@ class TwoPathLoss:
             terms.append(term if weight is None else weight * term)
         if not terms:
             raise ValueError(
-                "Expected an output with a Keras cross-entropy (categorical, sparse categorical, "
-                "binary, or a focal form), for the divergence between the two paths. Received: "
+                "Expected an output whose loss is a Keras cross-entropy (categorical, sparse "
+                "categorical, binary or focal), because the divergence needs its logits. Received: "
                 f"loss={getattr(self.model, 'loss', None)!r}. Fix: train without the divergence, "
                 "with DCIL(warmup=1.0)."
             )
