@@ -38,5 +38,5 @@ LONG = bool(os.environ.get("KERAS_DST_LONG"))
 
 
 def short(cases: dict, *names: str) -> dict:
-    """Return all test cases in `make test-all`, but only the given names in `make test`."""
+    """Return the test cases to run: only `names` in `make test`, all cases in `make test-all`."""
     return cases if LONG else {name: cases[name] for name in names}

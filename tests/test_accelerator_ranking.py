@@ -72,7 +72,8 @@ def tied_scores():
 
 @pytest.fixture
 def searches(monkeypatch):
-    """Return a list that gets an entry whenever a search for thresholds runs or is traced."""
+    """Return a list. Each search for thresholds adds an entry to the list when the search runs or
+    is traced."""
     searched, search = [], ranking._Ranking.thresholds
     monkeypatch.setattr(
         ranking._Ranking, "thresholds", lambda *args: searched.append(1) or search(*args)

@@ -24,8 +24,8 @@ from keras_dst.methods import (
 from keras_dst.schedules import Constant, Cubic, Geometric, Sigmoid
 
 GROUPS = [["stem", "project"], ["expand", ("depthwise", -2)]]
-# For every argument of every class, at least one of these objects has a value that is not the
-# default.
+# OBJECTS contains one or more objects of every class. For every argument of a class, at least one
+# object has a value that is not the default value.
 OBJECTS = [
     Constant(0.9, begin=0.25),
     Constant(0.9, begin_step=10),

@@ -36,9 +36,9 @@ METHODS = {
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
     # Consensus removes 30 % of the FLOPs, plus or minus the FLOPs of one unit, because it removes
-    # whole units. The pruned fraction of the 2,688 weights depends on which layers lose units. This
-    # fraction is 12.5 % for 14 units with 24 weights each, and 30.4 % for 17 units with 48 weights
-    # each.
+    # whole units. The pruned fraction of the 2,688 weights depends on which layers lose units. The
+    # pruned fraction is 12.5 % if the model loses 14 units with 24 weights each, and 30.4 % if the
+    # model loses 17 units with 48 weights each.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.2145, 0.09),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
@@ -428,8 +428,8 @@ def test_no_layer_collapses_in_a_short_training_at_a_high_rate(method):
         floors = allocation.floor_counts(kernels, target)
     for row, floor in zip(report.layers, floors):
         assert row.nonzeros >= floor, row
-    # Even if a unit gets no signal, its weights do not explode. RigL is an exception: it activates
-    # the weights with the largest gradients, and does not limit these gradients.
+    # Even if a unit gets no signal, the weights of this unit do not explode. RigL is an exception,
+    # because RigL grows the weights with the largest gradients and does not limit these gradients.
     if not isinstance(method, methods.RigL):
         largest = max(np.abs(w.numpy()).max() for w in model.trainable_weights)
         assert largest < 5 * largest_dense_weight()

@@ -239,8 +239,8 @@ def config(name, **options):
     "mode", ["int8", pytest.param("float8", marks=once), 8, pytest.param(None, marks=once)]
 )
 def test_zeros_stay_zeros_when_a_model_is_quantized(mode):
-    """A number as `mode` means int4 with blocks of this size, and None means int4 without
-    blocks."""
+    """If `mode` is a number, the model is quantized to int4 with blocks of this size. If `mode` is
+    None, the model is quantized to int4 without blocks."""
     model = stripped()
     dense = model.layers[1:]
     zeros = [layer.kernel.numpy() == 0 for layer in dense]

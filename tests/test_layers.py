@@ -111,8 +111,8 @@ def test_a_cell_masks_its_weights_once_per_sequence(kind, dropout, monkeypatch):
     apply = DST.apply
     monkeypatch.setattr(DST, "apply", lambda *args: calls.append(args) or apply(*args))
     recurrent(x, training=True)
-    # The recurrent layer has two cells with two weights each. A call masks each weight only once,
-    # not at every time step.
+    # The recurrent layer has two cells with two weights each. A call of the layer masks
+    # each weight only once, not at every time step.
     assert len(calls) == 4
 
 

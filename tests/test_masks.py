@@ -767,7 +767,7 @@ def test_n_of_m_of_tied_and_nonfinite_scores(scores, expected):
 CONV, DENSE = random(2, 2, 6, 5, seed=5), random(10, 6, seed=6)
 
 # Columns: pattern, shape of a block in a convolution kernel, and the expected masks as packed bits
-# in hexadecimal. Blocks of a dense kernel have only the last two of these dimensions.
+# in hexadecimal. A block in a dense kernel has the last two dimensions of the listed shape.
 GOLDEN = [
     ("unstructured", (1, 1, 1, 1), "5026007a293a0e83d201e9744a0d4cb801383108110020"),
     ("1x4", (1, 1, 4, 1), "000003196b5acc6084212954a529ce10410445145128a0"),

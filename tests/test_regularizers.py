@@ -10,8 +10,8 @@ from keras import ops
 from keras_dst.regularizers import Budget, Polarization, ThresholdPenalty
 from tests.gradients import gradients
 
-# Columns: threshold t, penalty exp(-t), and gradient of the penalty. For t < -1, the penalty is the
-# tangent of exp(-t) at -1.
+# Columns: threshold t, penalty exp(-t), and gradient of the penalty. Below the threshold -1, the
+# penalty continues along the tangent of exp(-t) at -1.
 THRESHOLDS = [
     (0.0, 1.0, -1.0),
     (0.5, math.exp(-0.5), -math.exp(-0.5)),

@@ -334,7 +334,7 @@ def test_shrink_transposed_convolutions_after_a_dense_layer():
     kernel[..., 3] = 0  # No layer reads channel 3, which contains four of the 16 units of "seed".
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
-    # Only the first three units of "seed" are not zero now. `Reshape` turns the 16 units into an
+    # Set all units of "seed" to zero except the first three. `Reshape` turns the 16 units into an
     # image of 2 x 2 pixels. The first three units become channels 0, 1 and 2 of the first pixel.
     kill(model, "seed", count=13)
     check(model, seed=12, one=3, two=2, three=2)

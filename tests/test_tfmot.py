@@ -161,7 +161,7 @@ def test_block_mask_if_blocks_do_not_divide_the_weight():
     w = np.array([[0, 0, 0, 5, 5, 5]], "float32").T
     found = block_mask(w, 0.5, (4, 1), "AVG")
     np.testing.assert_array_equal(found[:, 0], [0, 0, 0, 0, 1, 1])
-    # Blocks may have more columns than the weight tensor has.
+    # This block has 3 columns, but the weight tensor has only 1 column.
     assert block_mask(w, 0.5, (1, 3), "MAX").sum() == 3
 
 

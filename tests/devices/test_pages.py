@@ -21,8 +21,8 @@ def of_this_backend():
     return found
 
 
-# In `make test`, only the code for several TensorFlow workers runs, because test_devices.py already
-# trains with the other strategies.
+# `make test` runs only the code for several TensorFlow workers. test_devices.py already tests the
+# strategies in the other code blocks.
 @pytest.mark.parametrize(
     ("info", "code"),
     [

@@ -102,7 +102,7 @@ def variables(model):
 def save(folder, method, run, model, copies):
     """Write the variables of a model to one file per device.
 
-    `copies` is a function that returns the value of a variable on each device.
+    The function `copies` returns a list with the value of a variable on each device.
     """
     arrays = {path: copies(v) for path, v in variables(model).items()}
     for copy in range(len(next(iter(arrays.values())))):

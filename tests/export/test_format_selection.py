@@ -222,7 +222,8 @@ def test_a_format_that_is_slower_on_one_cpu_is_not_selected(seconds):
 
 
 def test_a_format_that_makes_the_whole_file_slower_is_not_selected():
-    """With 1x4 blocks, the layer alone is faster, but the whole file is slower."""
+    """In this test, 1x4 blocks make the layer faster than a dense layer, but make the whole file
+    slower than the dense file."""
 
     def seconds(contents):
         alone = not read(contents[0]).signatureDefs

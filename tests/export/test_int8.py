@@ -152,7 +152,7 @@ def test_sparse_weights_keep_integer_ops(op, shape, block, version):
 
 @pytest.fixture
 def converted(monkeypatch):
-    """Return a model for which the exporter gets a file that is built by hand.
+    """Return a model whose conversion is replaced by a file that is built by hand.
 
     The exporter uses this file instead of the output of TensorFlow's converter.
     """

@@ -118,15 +118,15 @@ def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
     [
         # If two channels have the same score, the channel with the smaller index is kept.
         ("channels", [[1, 1, 0, 0], [1, 0]]),
-        # The target is 1110 of 2220 FLOPs. The expected masks keep 1020 FLOPs. With one more
-        # channel, the masks would keep 1530 FLOPs.
+        # The target is 1110 of 2220 FLOPs. A model with the expected masks has 1020 FLOPs. With one
+        # more channel, the model would have 1530 FLOPs.
         ("flops", [[1, 1, 0, 0], [1, 1]]),
     ],
 )
 def test_a_global_ranking_meets_the_target(counted_in, expected):
     scores = [
         columns([4, 1, 2, 1], SHAPES[0]),
-        columns([1, 1], SHAPES[1]),  # Divided by their mean, the scores are 1 and 1.
+        columns([1, 1], SHAPES[1]),  # Division of these scores by their mean gives 1 and 1.
         columns([10, 50, 10, 10], SHAPES[2]),
     ]  # The mean scores per channel are 1.25, 1.5, 0.75, 0.5, 1, 1.
     method = Magnitude(0.5, "global", "channel", counted_in=counted_in)
