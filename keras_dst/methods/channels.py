@@ -63,8 +63,8 @@ class ChannelGroups:
             always kept.
         costs: Parameters and FLOPs of every weight, as an array of shape (number of weights, 2).
         widths: For each group of channels, the number of filters that are removed together with one
-            channel. The number exceeds 1 only in grouped convolutions, which can lose only whole
-            groups of filters. Defaults to None, which means one filter per channel.
+            channel. Only grouped convolutions have more than one filter per channel, because they
+            lose filters in whole groups. Defaults to None, which means one filter per channel.
     """
 
     def __init__(
@@ -347,8 +347,8 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
     """Return the saliency of every channel: the mean normalized score of its output units.
 
     Scores are normalized, because the scale of weights differs between layers. The scores of each
-    weight tensor are divided by the mean of its scores. In this mean, negative scores count as 0,
-    because they mark weights that are already pruned.
+    weight tensor are divided by their mean. In this mean, negative scores count as 0, because they
+    mark weights that are already pruned.
 
     Args:
         scores: One saliency tensor per weight, with the shape of the weight.

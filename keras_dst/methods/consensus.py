@@ -14,9 +14,9 @@ channel, the corresponding inputs of the next layers are removed. For a subclass
 that contains `layers.Gate`, the cost is `sum(c g)`, as in the paper. Each term of the sum is the
 cost c of a structure times its gate g.
 
-Sparse layers compute `pi = sigmoid(logit)`, with a trainable logit per structure. By default,
-`layers.Gate` computes pi in the same way. With `dependent=True`, the gating module of the paper
-computes pi from the input of the layer.
+The gate activation pi is between 0 and 1. Sparse layers compute `pi = sigmoid(logit)`, with a
+trainable logit per structure. By default, `layers.Gate` computes pi in the same way. With
+`dependent=True`, the gating module of the paper computes pi from the input of the layer.
 
 Deviations: A gate with a trainable logit has the same value z for all inputs, so its batch mean g
 is also z. In inference, a gating module ignores its input. A gate is open if its running mean is at
@@ -259,10 +259,11 @@ class Consensus(UnitMethod):
         """Open or close the gates that are nearest to the decision boundary, so that the cost meets
         the target.
 
-        Gates are opened in descending order of pi, until the total cost of all open gates is as
-        close as possible to the target. In every layer, the gates with the highest pi are always
-        open, see `least_units`. If channels are coupled, all gates of a channel are closed
-        together. The channels with the highest pi in every group are always open.
+        Gates are opened in descending order of their activation pi, until the total cost of all
+        open gates is as close as possible to the target. In every layer, the gates with the highest
+        activations are always open, see `least_units`. If channels are coupled, all gates of a
+        channel are closed together. In every group of channels, the channels with the highest gate
+        activations are always open.
         """
         key = ["logit" if "logit" in s else "mean" for s in states]
         edge = [0.0 if k == "logit" else 0.5 for k in key]
@@ -291,8 +292,8 @@ class Consensus(UnitMethod):
         return [{k: ops.convert_to_tensor(new, "float32")} for k, new in zip(key, turned)]
 
     def _project_channels(self, groups, logits, pi, layouts, kept):
-        """Close the channels with the lowest pi, so that the open channels cost as much as the
-        target."""
+        """Close the channels with the lowest gate activations, so that the open channels cost as
+        much as the target."""
         units = [ops.convert_to_tensor(p, "float32") for p in pi]
         largest = channels.largest_of_units(units, layouts)
         is_open = ops.convert_to_numpy(channels.best(self, groups, largest, kept))
@@ -305,8 +306,8 @@ class Consensus(UnitMethod):
                 stays = is_open[ids] | (ids < 0)
                 new = np.where(stays, new, np.minimum(new, -_EDGE))
                 # Several gates can belong to one channel. If the channel stays open, open its gate
-                # with the highest pi. All other gates of the channel stay as they are, unless their
-                # layer has too few open gates.
+                # with the highest activation pi. All other gates of the channel stay as they are,
+                # unless their layer has too few open gates.
                 unit = ops.convert_to_numpy(unit).reshape(new.shape)
                 best = unit == largest[ids]
                 least = min(self.least_units(unit.size), int(np.count_nonzero(stays)))

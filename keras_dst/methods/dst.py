@@ -11,15 +11,15 @@ loss = task + alpha * sum(exp(-t))
 At every step, kept weights can be pruned, and pruned weights can be restored.
 
 Extensions of the paper: Blocks and channels are scored by the mean `|w|` of their weights. With a
-target sparsity, a controller sets alpha, and thresholds do not go below 0. With a target sparsity,
-every layer keeps a minimum number of weights. Without this minimum, the density of a layer could
-become so low that its thresholds are reset to 0. In the last quarter of training, every update
-shifts the thresholds so that the model meets the target exactly. For thresholds t < -1, the penalty
-is linear in t. Thresholds that are not finite are reset to 0. The gradients of pruned weights are
-limited, see `LayerMethod.limited`. If several layers compute a channel, the channel is pruned only
-if it is below its threshold in all of the layers. The margin Q of a channel is therefore the
-largest margin of its units. With a target sparsity, every update stores which channels are kept.
-Until the next mask update, the kept channels stay unmasked in all layers.
+target sparsity, a controller sets the penalty weight alpha, and thresholds do not go below 0. With
+a target sparsity, every layer keeps a minimum number of weights. Without this minimum, the density
+of a layer could become so low that its thresholds are reset to 0. In the last quarter of training,
+every update shifts the thresholds so that the model meets the target exactly. If a threshold t is
+below -1, its penalty is linear in t. Thresholds that are not finite are reset to 0. The gradients
+of pruned weights are limited, see `LayerMethod.limited`. If several layers compute a channel, the
+channel is pruned only if it is below its threshold in all of the layers. The margin Q of a channel
+is therefore the largest margin of its units. With a target sparsity, every update stores which
+channels are kept. Until the next mask update, the kept channels stay unmasked in all layers.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ class DST(LayerMethod):
             at most a tenth of the target density. With a target sparsity, every layer also keeps at
             least a quarter of the weights that the allocation `"erk"` would keep. Defaults to 0.01,
             as in the paper.
-        frequency: Number of training steps from one update of alpha to the next, or `"epoch"` for
-            one update per epoch. Defaults to None, which means 20 steps. In a short training run,
-            the default interval is shorter, so that alpha is updated about 20 times.
+        frequency: Number of training steps from one update of the penalty weight alpha to the next,
+            or `"epoch"` for one update per epoch. Defaults to None, which means 20 steps. In a
+            short training run, the default interval is shorter, so that the penalty weight is
+            updated about 20 times.
         counted_in: With `pattern="channel"`, the sparsity is the removed fraction of the
             `"channels"`, `"parameters"` or `"flops"`. `"parameters"` and `"flops"` need an argument
             `sparsity` and a model with coupled channels. Defaults to `"channels"`.
@@ -265,7 +266,7 @@ class DST(LayerMethod):
         `response` by exponentially weighted least squares. The gap and `drift` are measured in the
         unit of the weights, and alpha is measured in the unit of the loss. Each update sets alpha
         so that the gap to the target sparsity shrinks by the fraction `_GAP_SHARE` until the next
-        update. If the model keeps too few weights, alpha is negative.
+        update. If the model keeps too few weights, the penalty weight alpha is negative.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
         # At the end of training (progress 1), `update` does not shift the thresholds. After the

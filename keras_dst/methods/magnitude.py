@@ -141,7 +141,7 @@ class Magnitude(UpdateMethod):
             return [saliency.lamp(w) for w in weights]
         if self.score == "taylor" and self.revival:
             return [s["taylor"] for s in states]
-        if self.score == "taylor":  # The averages of pruned weights decay, but never reach 0.
+        if self.score == "taylor":  # The moving average of a pruned weight never decays to 0.
             return [ops.where(s["mask"], s["taylor"], -1.0) for s in states]
         if self.score == "bn_scale":
             return [

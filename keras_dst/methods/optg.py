@@ -14,10 +14,10 @@ Masks are updated once per epoch, and weight decay is not applied to scores. Sco
 when masks are updated. Each mask update therefore multiplies the change of the scores since the
 last update by `sigmoid(beta (e - E/2))`, instead of changing the learning rate.
 
-Deviations from the paper: the sigmoid is stretched from exactly 0 to exactly 1, so that the final
-sparsity equals the target. A training run of fewer than 20 epochs prunes along a cubic ramp in its
-first half. In the second half of such a short training run, the weights adapt to the final masks.
-`masks.straight_through_product` limits the gradients of the scores of pruned weights.
+Deviations from the paper: the sigmoid is rescaled to run from exactly 0 to exactly 1, so that the
+final sparsity equals the target. A training run of fewer than 20 epochs prunes along a cubic ramp
+in its first half. In the second half of such a short training run, the weights adapt to the final
+masks. `masks.straight_through_product` limits the gradients of the scores of pruned weights.
 """
 
 from __future__ import annotations

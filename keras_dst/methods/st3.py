@@ -12,8 +12,8 @@ s_t = s (1 - (1 - t / T)**3)               T: half of training
 ```
 
 ST-3 sigma (`sigma=True`) ranks `|w| / std` instead of `|w|`, with `std = 1 / sqrt(sum(shape))` for
-each layer. The threshold of a layer is `tau * std`. With ST-3 sigma, the sparsities of the layers
-differ less than with ST-3.
+each layer. The threshold for `|w|` in a layer is therefore `tau * std`. With ST-3 sigma, the
+sparsities of the layers differ less than with ST-3.
 
 Masks, thresholds and factors are constant between two mask updates. The constant `e` and the
 formula for `std` come from the authors' code.
