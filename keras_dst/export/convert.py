@@ -155,8 +155,8 @@ def _convert_file(
     format."""
     with _names_for_lambdas():
         with _step("load"), keras.saving.custom_object_scope(custom_objects):
-            # Turn safe_mode off, because the file was written by this process or its parent
-            # process.
+            # Turn safe_mode off, because this process or its parent process wrote the ``.keras``
+            # file.
             model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
             strip(model)
         _convert(model, folder, kinds, signature, arrays)

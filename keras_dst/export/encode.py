@@ -1,7 +1,7 @@
 """Change the storage formats of the weight tensors inside a ``.tflite`` file.
 
-The module edits the flatbuffer of the file directly. The edits work on files of any converter, and
-do not need TensorFlow.
+The module edits the flatbuffer of the file directly. The module can edit the files of all
+converters, and does not need TensorFlow.
 
 Source: ``SparsityParameters`` in the TensorFlow Lite schema,
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
@@ -34,10 +34,10 @@ WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRAN
 #: Index of the input that holds the weight, for all ops in `WEIGHT_OPS`.
 WEIGHT_SLOT = 1
 
-# Version of FULLY_CONNECTED that XNNPACK does not run. LiteRT runs this version with its builtin
-# kernel, which reads sparse weights correctly. XNNPACK runs all other versions of FULLY_CONNECTED,
-# but misreads a sparse weight as a dense weight. XNNPACK also refuses int8 weights that a DENSIFY
-# op unpacks.
+# Version of FULLY_CONNECTED that XNNPACK does not run. LiteRT runs this version of FULLY_CONNECTED
+# with its builtin kernel, which reads sparse weights correctly. XNNPACK runs all other versions of
+# FULLY_CONNECTED, but misreads a sparse weight as a dense weight. XNNPACK also refuses int8 weights
+# that a DENSIFY op unpacks.
 SPARSE_FULLY_CONNECTED_VERSION = 8
 
 _NUMPY = {
@@ -310,7 +310,7 @@ def _unpack(
 
 
 def _computed_copy(tensor: schema.TensorT, suffix: str) -> schema.TensorT:
-    """Return a copy of a tensor that stores no values, because an op will compute the values."""
+    """Return a copy of a tensor without the values, because an op will compute the values."""
     computed = copy.copy(tensor)
     computed.name = f"{text(tensor.name)}/{suffix}"
     computed.buffer = 0  # Buffer 0 is empty by convention.

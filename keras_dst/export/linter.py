@@ -23,8 +23,8 @@ def lint(
 
     Args:
         model: A ``.tflite`` file, as a path or as bytes. A built Keras 3 model is first converted
-            to the file that `export_tflite` would write. For a target other than CPUs, the
-            converted file is quantized to int8 and calibrated on random samples.
+            to the file that `export_tflite` would write. If ``target`` is not None, the converted
+            file is quantized to int8, with random samples for the calibration.
         target: ``"micro"`` for TensorFlow Lite for Microcontrollers, or an Ethos-U NPU that Vela
             supports, such as ``"ethos-u55-128"``. Defaults to None, which means that the file is
             for CPUs.

@@ -257,8 +257,8 @@ def quantized_inputs(content: bytes, samples: dict[str, np.ndarray]) -> list[np.
     In each returned array, `array[i]` is the input of run i.
 
     Args:
-        content: Bytes of the file. Samples that do not fill the last batch of the file are left
-            out.
+        content: Bytes of the file. The last batch is left out if the samples do not fill the last
+            batch.
         samples: Dict from input names to arrays of floats or integers. Samples are along the first
             axis.
 
@@ -320,7 +320,7 @@ def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
-    """Copy a file, but store the weights in the given buffers without their zeros.
+    """Return a copy of a file in which the weights of the given buffers are stored without zeros.
 
     The function also removes data that TFLM does not need: metadata, the scales of biases, and all
     zero points of a weight except the first.

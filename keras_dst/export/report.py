@@ -89,8 +89,8 @@ class ExportReport:
             or None for targets other than ``"micro"``.
         rounded_to_zero: Number of nonzero weights that quantization to int8 rounds to zero. Always
             0 unless ``quantize="full"``.
-        note: Sentence that explains which figures are missing from the report, or an empty string
-            if no figure is missing.
+        note: Sentence that explains which values are missing from the report, or an empty string if
+            no value is missing.
 
     Example:
         >>> print(export_tflite(model, "model.tflite"))

@@ -393,7 +393,8 @@ def _where(model, graph, op) -> str:
 
 
 def _name(tensor) -> str:
-    return repr(text(tensor.name).split(";")[0])  # The converter joins the names of merged ops.
+    # The converter joins the names of merged ops with semicolons.
+    return repr(text(tensor.name).split(";")[0])
 
 
 def _error(rule: str, where: str, found: str, fix: str) -> Finding:

@@ -4,8 +4,9 @@ Fixed rules exclude all storage formats that the runtime would read incorrectly.
 the valid storage formats depends on the file size and on the measured or estimated latency. The
 rules follow the kernels of XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly.
 All other ops need a dense weight, which the op DENSIFY unpacks when the file is loaded. To store
-the weight of a CONV_2D in a sparse format, the export can replace the op. A FULLY_CONNECTED op on
-slices of the input computes the same result as a CONV_2D.
+the weight of a CONV_2D op in a sparse format, the export can replace the CONV_2D op by a
+FULLY_CONNECTED op. A FULLY_CONNECTED op on slices of the input computes the same result as a
+CONV_2D op.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Choice:
             changes.
         latency_ratio: Latency of the ops that read the weight, relative to their latency with the
             dense weight. If latencies are measured or estimated for several CPUs, the value is the
-            largest of their latency ratios. Defaults to 1.
+            largest latency ratio over all CPUs. Defaults to 1.
     """
 
     weight: Weight

@@ -55,10 +55,10 @@ class VelaReport:
 
     Attributes:
         accelerator: Configuration of the NPU, such as ``"ethos-u55-128"``.
-        system: Name of the system configuration, which sets clock rate and memory bandwidths. This
-            is Vela's default.
+        system: Name of the system configuration, which sets clock rate and memory bandwidths. The
+            system configuration is Vela's default.
         memory_mode: Name of the memory mode, which selects the memories for weights and
-            activations. This is Vela's default.
+            activations. The memory mode is Vela's default.
         version: Version of Vela.
         file: Estimates for one inference of the exported file.
         dense: Estimates for one inference of the dense file.

@@ -71,9 +71,9 @@ def export_tflite(
             requires ``quantize="full"``. In a file for TFLM, the zeros of a weight tensor are
             omitted if this makes the file smaller. No other runtime can run a file for TFLM. For an
             NPU or ``"micro"``, no latency is measured, and ``optimize`` must keep its default.
-        measure: Whether to measure latencies on the CPU of the current machine. Latencies on other
-            CPUs, and all latencies if ``measure`` is False, are estimated from the speed of the
-            kernels. Defaults to True.
+        measure: Whether to measure latencies on the CPU of the current machine. A latency model
+            estimates latencies on other CPUs, and all latencies if ``measure`` is False. Defaults
+            to True.
         threads: Number of interpreter threads during measurements. Defaults to 1.
         batch: Batch size during measurements, for a model with a dynamic batch size. Defaults to 1.
         quantize: Selects the tensors that are quantized to 8 bits. Defaults to None: no tensor is
@@ -91,7 +91,7 @@ def export_tflite(
             measured.
         vela_path: Path where the file that Vela compiled for the NPU is saved, in an existing
             folder. Defaults to None: the compiled file is not saved.
-        progress: Function that is called with a line of text before each step.
+        progress: Function that is called with a line of text before each step of the export.
 
     Returns:
         An `ExportReport` with the storage format of each weight tensor and the error of the file.

@@ -133,7 +133,7 @@ def _runner(content: bytes, resolver: OpResolverType) -> Callable[..., dict[str,
 
 
 def _quantized(array: np.ndarray, details: dict[str, Any]) -> np.ndarray:
-    """Quantize floats for an int8 input of an exported model. Return an array for any other input
+    """Quantize floats for an int8 input of an exported model. Return the arrays of all other inputs
     unchanged."""
     scale, zero_point = details["quantization"]
     if details["dtype"] != np.int8 or array.dtype.kind != "f" or not scale:
