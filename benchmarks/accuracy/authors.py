@@ -139,9 +139,9 @@ def table():
         "",
         "The table below shows the test accuracy in % after the last epoch as mean and standard "
         "deviation over the seeds. The number in brackets is the sparsity. The authors' code and "
-        "keras_dst train the same network from the same initial weights. The data, the number of "
-        "epochs, the batch size and the learning rate are also the same. The authors' code runs "
-        "on PyTorch, on a CPU. `make bench-authors` writes this page from "
+        "keras_dst train the same network from the same initial weights. The authors' code and "
+        "keras_dst also use the same data, number of epochs, batch size and learning rate. The "
+        "authors' code runs on PyTorch, on a CPU. `make bench-authors` writes this page from "
         "`results/authors/runs.jsonl`.",
         "",
         "| method | network | epochs | target | seeds | authors' code | keras_dst | backend of "

@@ -2,11 +2,11 @@
 
 All networks have random weights, and their channels are pruned by magnitude without training. Time
 and peak memory are measured during the call of `shrink`. Latency is measured in the LiteRT
-interpreter on one thread, for the `.tflite` files of the dense and of the smaller network. Both
-files are measured alternately, and the latency is the median time of one inference. After half of
-the channels are removed, each op of both files is also measured alone. The latency of each smaller
-network is also compared with the latency of a network that was built at half width. Networks whose
-results are already stored are skipped.
+interpreter on one thread, for the `.tflite` files of the dense and of the smaller network. The
+dense and the smaller file are measured alternately, and the latency is the median time of one
+inference. After half of the channels are removed, each op of the dense and of the smaller file is
+also measured alone. The latency of each smaller network is also compared with the latency of a
+network that was built at half width. Networks whose results are already stored are skipped.
 
 python -m benchmarks.coverage.smaller [--networks NETWORK ...] [--shrink-only]
 """
@@ -318,7 +318,7 @@ def table():
         "convolution therefore does not make the convolution faster. A convolution with 16 filters "
         "becomes faster only if it has fewer input channels.",
         "* The time of depthwise convolutions, sums and activations is proportional to the "
-        "number of channels. With half of the channels, these ops need about half of the time.",
+        "number of channels, so half of the channels need about half of the time.",
         "* A layer normalization keeps its width, because the zeros of the removed channels count "
         "in its mean and variance. The ops `PAD` and `STRIDED_SLICE` before and after the layer "
         "normalization also need time.",

@@ -106,7 +106,7 @@ def table():
         "",
         f"The table below compares the cost of training LeNet-300-100 on MNIST to {SPARSITY:.0%} "
         f"sparsity. The goal is a mean test accuracy of {100 * goal:.2f} % over {len(dense)} "
-        f"seeds. This goal is {100 * LESS:g} percentage points below the accuracy of the dense "
+        f"seeds, {100 * LESS:g} percentage points below the mean accuracy of the dense "
         "network after five epochs. The column `epochs` gives the smallest number of epochs, out "
         f"of {', '.join(map(str, EPOCHS))}, with which the method reaches the goal. The column "
         "`operations` gives the number of operations of the whole training, relative to one "
