@@ -46,9 +46,9 @@ class _Axes(NamedTuple):
 class Layout(_Axes):
     """Output axes and input axes of a weight, as negative indices.
 
-    The default fits the kernels of Keras's Dense and Conv layers, `(*window, in, out)`. Axes that
-    are neither outputs nor inputs are the window of a convolution. A depthwise kernel has
-    `inputs=()`, because each of its output units reads a single channel.
+    The default fits the kernels of Keras's Dense and Conv layers, `(*window, in, out)`. In a
+    convolution kernel, the axes that are neither outputs nor inputs are the axes of the window. A
+    depthwise kernel has `inputs=()`, because each of its output units reads a single channel.
 
     Attributes:
         outputs: Axes of the output units. Defaults to the last axis.
@@ -110,7 +110,7 @@ def masked(w: Tensor, mask: Tensor) -> Tensor:
 
 
 def ones(mask: Tensor, dtype) -> Tensor:
-    """Convert a boolean mask to zeros and ones of another type.
+    """Convert a boolean mask to zeros and ones of another dtype.
 
     Args:
         mask: Boolean tensor.
@@ -187,7 +187,7 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
     is `limit` times the root mean square of the gradients of the kept weights. The mean ignores
     gradients that are 0, such as the gradients of unused rows of an embedding. If the gradients of
     all kept weights are 0, the gradients of the pruned weights are set to 0. If the mask keeps no
-    weights, the gradient is unchanged, so that an empty layer can recover.
+    weights, the gradient is unchanged, so that training can restore weights of an empty layer.
 
     Batch normalization multiplies the gradients of a unit by 1 / sqrt(variance + epsilon). If all
     inputs of a unit are pruned, its variance is close to 0, and this factor is very large. Without
@@ -410,7 +410,8 @@ class Pattern:
     def size_range(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, int]:
         """Return the number of weights in the smallest group, and in the largest group."""
         block = self.block(shape, layout)
-        last = [(n - 1) % b + 1 for n, b in zip(shape, block)]  # Length of the last block per axis.
+        # Length of the last block on each axis.
+        last = [(n - 1) % b + 1 for n, b in zip(shape, block)]
         return math.prod(last), math.prod(block)
 
     def expand(self, groups: Tensor, shape: Sequence[int], layout: Layout = KERNEL) -> Tensor:

@@ -712,8 +712,8 @@ def remove_masks(model) -> None:
 
 
 def _without_masks_in(value):
-    """Replace each SparseOptimizer in an attribute value by its inner optimizer, and return the
-    value."""
+    """Replace each SparseOptimizer in the value of a model attribute by its inner optimizer, and
+    return the value."""
     if isinstance(value, keras.optimizers.Optimizer):
         return without_masks(value)
     if isinstance(value, (dict, list)):

@@ -88,8 +88,8 @@ class Schedule(Configurable):
 
     @classmethod
     def from_config(cls, config):
-        # Configs from earlier versions may contain both fractions and steps, because the defaults
-        # of the fractions were numbers.
+        # Configs from earlier versions may contain both fractions and steps, because the fractions
+        # then had default numbers instead of None.
         if config.get("begin_step") is not None:
             config = {name: v for name, v in config.items() if name not in ("begin", "end")}
         return super().from_config(config)

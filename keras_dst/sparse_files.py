@@ -161,8 +161,8 @@ def _damaged(path, error) -> ValueError:
 
 
 def _safetensors():
-    """Import safetensors, and return an object with its attributes `save`, `load` and
-    `SafetensorError`."""
+    """Import safetensors, and return an object with the functions `save` and `load` and the
+    exception `SafetensorError` of safetensors."""
     try:
         import safetensors
         import safetensors.numpy

@@ -443,7 +443,7 @@ def _config_holds_layers(layer) -> bool:
 
 def _record_recipes(layer) -> None:
     """Convert a layer to a `SparseContainer` if it contains sparse layers that are not part of its
-    config. Otherwise, apply this function to the inner layers."""
+    config. For any other layer, apply this function to the inner layers."""
     if not any(
         isinstance(x, SparseMixin) for x in _keras.flatten_layers(layer, include_self=False)
     ):

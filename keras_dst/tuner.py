@@ -27,9 +27,10 @@ class SparseHyperModel(keras_tuner.HyperModel):
     """KerasTuner hypermodel that trains every trial with the callback `SparseTraining`.
 
     The results of a trial are the metrics of its last epoch, under names such as
-    `"final_val_accuracy"`. KerasTuner also keeps the weights of the last epoch, in which the target
-    sparsity is reached. An earlier epoch often has a higher accuracy, but also a lower sparsity. If
-    a trial misses its target sparsity, the trial fails, and the error message states by how much.
+    `"final_val_accuracy"`. KerasTuner also keeps the weights of the last epoch, because training
+    reaches the target sparsity at the end. An earlier epoch often has a higher accuracy, but also a
+    lower sparsity. If a trial misses its target sparsity, the trial fails, and the error message
+    states by how much.
 
     Args:
         build: Function that receives KerasTuner's hyperparameters and returns a compiled sparse

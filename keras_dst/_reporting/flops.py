@@ -262,8 +262,8 @@ def _positions(layer, variable, call: _Call) -> int:
 
 
 def _grid_points(layer, shape: Shape) -> int:
-    """Return the product of all axes of a convolution's input or output, except the channel
-    axis."""
+    """Return the number of positions in the input or output of a convolution: the product of all
+    axis lengths except the number of channels."""
     first = getattr(layer, "data_format", None) == "channels_first"
     return math.prod(shape[:1] + shape[2:] if first else shape[:-1])
 

@@ -400,7 +400,7 @@ class _RequireDriver(keras.constraints.Constraint):
 def check_method(method) -> LayerMethod:
     """Return `method`, or deserialize it if it is a config.
 
-    Raise TypeError for any other object.
+    Raise TypeError if the result is not a method that masks the forward pass.
     """
     if isinstance(method, dict):
         method = keras.saving.deserialize_keras_object(method)

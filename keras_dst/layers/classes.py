@@ -177,8 +177,8 @@ def _registered_name(stock: type) -> str:
 
 
 def _stock_instance(config: dict, own_keys: tuple[str, ...]) -> tuple[Any, dict]:
-    """Return the stock layer that `config` describes, and a dict of the config entries in
-    `own_keys`."""
+    """Return the stock layer that `config` describes, and a dict of the config entries whose keys
+    are in `own_keys`."""
     config = dict(config)
     own = {name: config.pop(name) for name in own_keys}
     name = config.pop("stock_class")

@@ -9,8 +9,8 @@ from keras_dst.methods.base import TwoPathMethod, on_full_path
 
 
 class PathVariable:
-    """Attribute of a batch normalization layer that returns the variable of the current path: the
-    pruned path or the full path."""
+    """Descriptor of a variable in a batch normalization layer. A read returns the variable of the
+    current path: the pruned path or the full path."""
 
     def __set_name__(self, owner, name):
         self.name = name
@@ -30,7 +30,8 @@ class PathVariable:
 
 @register
 class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
-    """`keras.layers.BatchNormalization` with a second set of variables for the full path.
+    """`keras.layers.BatchNormalization` with a second set of variables, for forward passes without
+    masks.
 
     This layer prunes nothing. The pruned path is the forward pass with masks, and the full path is
     the forward pass without masks. For the full path, the layer has a second scale, a second offset

@@ -213,7 +213,7 @@ def _layer_config(entry: dict) -> dict:
 
 
 def _arguments(cls, config: dict) -> dict:
-    """Return the arguments of a Keras 2 layer config that the Keras 3 class accepts."""
+    """Return a Keras 2 layer config with only the arguments that the Keras 3 class accepts."""
     known = {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters}
     config = dict(config)
     if cls is keras.layers.InputLayer and "batch_input_shape" in config:

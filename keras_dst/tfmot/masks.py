@@ -25,11 +25,11 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
         pooling: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks by their
             largest magnitude.
 
-    If the block size does not divide an axis, tfmot pads both ends of the axis before it computes
-    the magnitudes of the blocks. The first block can therefore begin with padding. When tfmot
-    applies a block mask, however, the first block begins with the first entry of the weight. tfmot
-    therefore computes the magnitudes of blocks that are shifted by the padding. This function
-    shifts the blocks in the same way, so its masks equal the masks of tfmot.
+    If the block size does not divide the length of an axis, tfmot pads both ends of the axis. Then
+    tfmot computes the magnitudes of the blocks. The first block can therefore begin with padding.
+    When tfmot applies a block mask, however, the first block begins with the first entry of the
+    weight. tfmot therefore computes the magnitudes of blocks that are shifted by the padding. This
+    function shifts the blocks in the same way, so its masks equal the masks of tfmot.
     """
     pooled = np.abs(w)
     for axis, length in enumerate(block_size):
@@ -41,8 +41,8 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
 
 
 def _pool(values, axis, length, reduce):
-    """Pad both ends of an axis, and reduce every `length` consecutive entries along the axis to one
-    value."""
+    """Pad both ends of an axis, and apply `reduce` to every `length` consecutive entries along the
+    axis."""
     windows = -(-values.shape[axis] // length)
     missing = windows * length - values.shape[axis]
     padding = [(0, 0), (0, 0)]

@@ -29,8 +29,7 @@ class PruneLowMagnitude(LayerMethod):
     that the next mask update can restore them.
 
     Args:
-        pruning_schedule: Schedule that decides when masks are updated, and the sparsity of each
-            update.
+        pruning_schedule: Schedule of the mask updates: the step and the sparsity of each update.
         block_size: Number of rows (inputs) and columns (outputs) of a block. Defaults to (1, 1).
         block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks
             by their largest magnitude. Defaults to `"AVG"`.

@@ -88,8 +88,8 @@ def _graph_in(operation):
 
 
 def _fed_tensors(graph, found: dict[Any, list]) -> dict[Any, list]:
-    """Return a dict that maps each InputLayer of a nested model to the outer tensors that become
-    its input."""
+    """Return a dict that maps each InputLayer of a nested model to the tensors that the outer model
+    passes to the InputLayer."""
     for node in _keras.nodes_in_order(graph):
         if inner := _graph_in(node.operation):
             for tensor, fed in zip(inner.inputs, node.input_tensors):

@@ -35,8 +35,8 @@ def prune_low_magnitude(
 
     Args:
         to_prune: A built Keras 3 model, a layer (built or not), or a list of layers.
-        pruning_schedule: Schedule that decides when masks are updated, and the sparsity of each
-            update. Defaults to `ConstantSparsity(0.5, 0)`.
+        pruning_schedule: Schedule of the mask updates: the step and the sparsity of each update.
+            Defaults to `ConstantSparsity(0.5, 0)`.
         block_size: Number of rows (inputs) and columns (outputs) of the blocks that are pruned as a
             whole, in the same order as in tfmot. Only matrices can be pruned in blocks larger than
             (1, 1). The argument `pattern` of `keras_dst.methods` has the opposite order, so
@@ -54,8 +54,8 @@ def prune_low_magnitude(
     Raises:
         TypeError: If `to_prune` is not a Keras 3 model, a layer or a list of layers, or if
             `pruning_policy` is not a `PruningPolicy`.
-        ValueError: If a layer cannot be pruned with the given arguments. After a ValueError, no
-            layer has been changed.
+        ValueError: If a layer cannot be pruned with the given arguments. If this function raises a
+            ValueError, all layers are unchanged.
 
     Example:
         >>> model = keras_dst.tfmot.prune_low_magnitude(model)
