@@ -294,9 +294,9 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
 def declares_input(model) -> bool:
     """Return True if a Sequential model starts with an Input that the user added.
 
-    Keras adds an input layer to every built Sequential model. In the config of this input layer,
-    `dtype` is set only if a call on data built the model. The function also returns False for a
-    model that was loaded from a file.
+    Keras adds an input layer to every built Sequential model. The config of the input layer has a
+    `dtype` other than None only if a call on data built the model. `declares_input` also returns
+    False for a model that was loaded from a file.
     """
     config = operation_of(model.inputs[0])._auto_config
     return config is not None and config.config["dtype"] is None
@@ -493,8 +493,8 @@ def distribution_strategy_of(optimizer):
 def exempt_from_decay(optimizer, variables) -> None:
     """Exempt variables from weight decay, in addition to the variables that the user exempted.
 
-    The Keras method `exclude_from_weight_decay` would overwrite the exemptions of the user. The
-    Keras method also raises an error if it is called after the optimizer was built.
+    The Keras method `exclude_from_weight_decay` would overwrite the exemptions of the user.
+    `exclude_from_weight_decay` also raises an error for an optimizer that is already built.
     """
     exempt = set(vars(optimizer).get("_exclude_from_weight_decay", ()))
     exempt.update(optimizer._var_key(variable) for variable in variables)
@@ -620,8 +620,9 @@ def distribution_like(variable):
     given variable.
 
     New variables of the same shape are sharded like the given variable. New variables of other
-    shapes are replicated on every device. The function compares shapes instead of paths. In a
-    layout map, the path pattern for a kernel may also match the path of the kernel's mask.
+    shapes are replicated on every device. The function does not look up the paths of new variables
+    in a layout map, because the path pattern for a kernel may also match the path of the kernel's
+    mask.
     """
     present = keras.distribution.distribution()
 

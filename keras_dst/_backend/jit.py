@@ -242,8 +242,8 @@ def true_positions(mask, limit: int):
 def gather(values, positions):
     """Return the entries of a torch vector at the given positions, which must not be negative.
 
-    `ops.take` is slower: to support negative positions, it reads and writes the positions several
-    times.
+    This function is faster than `ops.take`, which reads and writes the positions several times to
+    support negative positions.
     """
     import torch
 

@@ -34,10 +34,11 @@ Tensor = Any
 # the upper threshold are adjacent floats.
 _MAX_STEPS = 900
 _SLAB_ROWS = 1 << 8  # On a CPU, the scores of 256 rows are counted at once.
-# A search step divides the range between the lower and the upper threshold into this number of
-# sections. XLA counts the scores above all boundaries between sections in one pass over the scores.
+# Number of sections into which a search step divides the range between the lower and the upper
+# threshold. XLA counts the scores above all boundaries between sections in one pass over the
+# scores.
 _SECTIONS = 8
-# If there are at least this many scores, the first two candidate thresholds come from a sample.
+# Smallest number of scores for which the first two candidate thresholds come from a sample.
 _SAMPLE_FROM = 1 << 22
 _SAMPLE_STRIDES = (32, 25)  # The sample takes every 32nd row and every 25th column of a matrix.
 

@@ -16,9 +16,9 @@ from keras_dst._backend import numbers
 
 Tensor = Any
 
-# Scores above this value count as tied. The sum of two scores therefore does not overflow.
+# All scores above `LARGEST` count as tied. The sum of two scores therefore does not overflow.
 LARGEST = 1e38
-# Two scores count as tied if they differ by less than this value, because some backends flush tiny
+# Two scores count as tied if they differ by less than `SMALLEST`, because some backends flush tiny
 # differences to 0.
 SMALLEST = 2.0**-126
 ROW_WIDTH = 1 << 10  # Number of scores in a row of a matrix.
@@ -59,8 +59,8 @@ class Rows:
         self.left = ops.convert_to_tensor(left[:, None]) if np.any(left < ROW_WIDTH) else None
 
     def join(self, tensors: Sequence[Tensor], padding: float) -> Tensor:
-        """Return a matrix with the entries of all tensors of the bundle. `padding` fills the end of
-        each tensor's last row."""
+        """Return a matrix with the entries of all tensors of the bundle. The number `padding` fills
+        the rest of the last matrix row of each tensor."""
         parts = []
         for i, length in zip(self.members, self.lengths):
             part = ops.reshape(tensors[i], (-1,))

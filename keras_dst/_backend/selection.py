@@ -26,10 +26,10 @@ from keras_dst._backend.jit import (
 )
 from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores
 
-_SORTED = 1 << 20  # If there are at most this many scores, all scores are sorted.
-_SORTED_ON_CPU = 1 << 16  # On a CPU, more scores are not sorted, because a search is faster.
+_SORTED = 1 << 20  # Largest number of scores for which all scores are sorted.
+_SORTED_ON_CPU = 1 << 16  # Largest number of scores that are sorted on a CPU.
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
-_DEVIATIONS = 5  # Each bound is this many standard deviations away from the expected threshold.
+_DEVIATIONS = 5  # Number of standard deviations between each bound and the expected threshold.
 # If all tensors are ranked together, most scores between the bounds may belong to a few tensors.
 # Each bundle therefore has a longer vector of copies than an even distribution of the scores needs.
 # The vector is longer by a factor of at most `_CONCENTRATION`.
@@ -174,7 +174,7 @@ def _by_tensor(order, tensor):
 
 
 def _limits(scores: Scores) -> list[int]:
-    """Return, for each bundle, the maximum number of its scores that are copied."""
+    """Return, for each bundle of tensors, the largest number of scores to copy."""
     if scores.count <= _SORTED:
         return [b.tensor.shape[0] * ROW_WIDTH for b in scores.bundles]
 

@@ -39,7 +39,8 @@ def original_variables(op, copy) -> dict[int, Any]:
         return {}
     pairs: list[tuple[Any, Any]] = []
     for old, new in zip(_keras.flatten_layers(op), _keras.flatten_layers(copy)):
-        # A sparse layer adds the variables of its method after the variables of the stock layer.
+        # In a sparse layer, the variables of the original Keras layer come before the variables of
+        # the pruning method.
         for variables in (_keras.trainable_variables_of, _keras.non_trainable_variables_of):
             pairs += zip(variables(old), variables(new))
     return {id(new): old for old, new in pairs}

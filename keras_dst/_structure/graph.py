@@ -20,7 +20,8 @@ UNKNOWN = np.nan  # NaN stands for a channel value that depends on the input.
 
 @dataclass(eq=False)
 class Tensor:
-    """Tensor in the graph of a model. Its channels are along one axis, by default the last axis.
+    """Tensor in the graph of a model. The channels of the tensor are along one axis, by default the
+    last axis.
 
     Attributes:
         shape: Shape, with None for unknown sizes.

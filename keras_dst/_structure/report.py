@@ -188,7 +188,7 @@ def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, Shrink
     times: list[float | None] = [None, None]
     if latency:
         # Compare dense models, because sparse layers also spend time on applying their masks. The
-        # ratio then shows only the effect of the removed channels.
+        # ratio of the two latencies then shows only the effect of the removed channels.
         dense = build(Plan(model, remove=False)) if has_sparse_layers(model) else model
         times = _latencies(dense, small)
     kept = {id(handler.op) for handler in plan.handlers}

@@ -244,7 +244,7 @@ def _compiled_functions(method, layouts, shapes):
         counts = ops.stack([count_all_true(mask) for mask in masks])
         if not groups:
             return counts, None
-        if method.learned:  # A channel is removed if all its layers prune it.
+        if method.learned:  # A channel is removed if all layers that compute the channel prune it.
             units = [channels.kept_units(*pair) for pair in zip(masks, layouts)]
             units = [ops.cast(unit, "float32") for unit in units]
             alive = channels.largest_of_units(units, layouts) > 0
