@@ -621,8 +621,7 @@ def distribution_like(variable):
 
     New variables of the same shape are sharded like the given variable. New variables of other
     shapes are replicated on every device. The function does not look up the paths of new variables
-    in a layout map, because the path pattern for a kernel may also match the path of the kernel's
-    mask.
+    in a layout map. The path pattern for a kernel may also match the path of the kernel's mask.
     """
     present = keras.distribution.distribution()
 

@@ -28,9 +28,8 @@ class _Guesses:
         conditions: Guessed conditions, as boolean scalars on the GPU. A scalar is true if its guess
             was right.
         branches: For each call of the function `cond`, the index of its condition in `conditions`.
-        rare: Numbers of the calls in which the function `cond` takes its rare branch, counted from
-            0. In the previous run of the wrapped function, the rare branch was right in these
-            calls.
+        rare: Indices of the calls in which the function `cond` takes its rare branch. In the
+            previous run of the wrapped function, the rare branch was right in these calls.
     """
 
     def __init__(self, rare: set[int]):

@@ -416,7 +416,7 @@ class _Ranking(Scores):
 
     def _sample_bounds(self, kept):
         """Return an upper and a lower bound, between which the common threshold of all tensors
-        probably lies. Both bounds are scores from a sample."""
+        probably lies. Both bounds are taken from a sample of all scores."""
         row_stride, column_stride = _SAMPLE_STRIDES
         rows = [s[::row_stride, column_stride // 2 :: column_stride] for s in self.scores]
         sample = ops.sort(ops.concatenate([ops.reshape(r, (-1,)) for r in rows]))

@@ -32,7 +32,7 @@ _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns
 _DEVIATIONS = 5  # Number of standard deviations between each bound and the expected threshold.
 # If all tensors are ranked together, most scores between the bounds may belong to a few tensors.
 # Each bundle therefore has a longer vector of copies than an even distribution of the scores needs.
-# The vector is longer by a factor of at most `_CONCENTRATION`.
+# The vector of copies is longer by a factor of at most `_CONCENTRATION`.
 _CONCENTRATION = 16
 
 

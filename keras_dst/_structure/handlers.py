@@ -564,7 +564,7 @@ class KernelLayer(ChannelHandler):
 
     def _removed_constants(self, removed: np.ndarray) -> np.ndarray:
         """Return one value per input channel. If a channel is removed although kept units read the
-        channel, its value is the constant of the channel. Otherwise, its value is 0."""
+        channel, the value is the constant of the channel. Otherwise, the value is 0."""
         lost = removed[self.x.ids] & self.reads[:, ~removed[self.unit_ids]].any(1)
         return np.where(lost, np.nan_to_num(self.common_constant()), 0.0)
 

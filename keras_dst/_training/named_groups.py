@@ -32,8 +32,8 @@ def with_named_groups(
         layouts: Dict from the id of every pruned weight to its `Layout` (output and input axes).
 
     Raises:
-        ValueError: If a name matches no layer or weight, or if a weight occurs twice. A ValueError
-            is also raised if the weights of a group have different numbers of channels, or if
+        ValueError: If a name matches no layer or weight, if a weight occurs twice, or if the
+            weights of a group have different numbers of channels. A ValueError is also raised if
             `coupled` already lists a weight of a group.
     """
     known = {id(member.variable) for member in coupled.members}
