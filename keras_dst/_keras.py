@@ -307,6 +307,16 @@ def structures_of(graph) -> tuple[Any, Any]:
     return graph._inputs_struct, graph._outputs_struct
 
 
+def inputs_of_call(graph, args: tuple, kwargs: dict[str, Any]) -> list:
+    """Return the tensors that a call passes to a Functional graph, in the order of
+    `graph.inputs`."""
+    given = args[0] if args else kwargs["inputs"]
+    # Keras matches the entries of a dict to the input names, also if the graph expects a list.
+    if isinstance(given, dict) and not isinstance(graph._inputs_struct, dict):
+        return [given[x.name] for x in graph.inputs]
+    return keras.tree.flatten(given)
+
+
 # -- training ------------------------------------------------------------------------------------
 
 

@@ -775,6 +775,19 @@ def test_shrink_two_nested_models_with_equal_layer_names():
 
 
 @once
+def test_shrink_a_nested_model_that_is_called_with_a_dict():
+    a, b = keras.Input((16,), name="a"), keras.Input((8,), name="b")
+    # The order of the inputs differs from the order of the sorted names.
+    nested = keras.Model([b, a], layers.Concatenate()([layers.Dense(3)(b), layers.Dense(4)(a)]))
+    inputs = keras.Input((8,))
+    hidden = layers.Dense(16, "relu", name="hidden")(inputs)
+    other = layers.Dense(8, "relu")(inputs)
+    model = keras.Model(inputs, layers.Dense(2)(nested({"a": hidden, "b": other})))
+    kill(randomize(model), "hidden")
+    assert_smaller(model, SAMPLES)
+
+
+@once
 def test_shrink_adds_no_nodes_to_the_given_model():
     model = with_layer(factor(2.0))
     kill(model, "hidden")

@@ -150,7 +150,8 @@ def _flatten(model, inputs, prefix: str, calls: list[Call], dense, originals) ->
             del kwargs[key]
         given = _tensors((args, kwargs))
         if _is_nested_graph(op) and len(given) == len(_keras.graph_of(op).inputs):
-            outputs = _flatten(op, given, f"{prefix}{op.name}_", calls, dense, originals)
+            inner = _keras.inputs_of_call(_keras.graph_of(op), args, kwargs)
+            outputs = _flatten(op, inner, f"{prefix}{op.name}_", calls, dense, originals)
         else:
             # A `Gate` has several inputs, but its dense copy takes only the first input.
             if isinstance(op, Gate):
