@@ -841,6 +841,31 @@ def test_active_dropout_keeps_its_channels():
     assert reason.startswith("'dropout' is called with training=True")
 
 
+@once
+@pytest.mark.parametrize("training", [True, False])
+def test_shrink_keeps_the_argument_training_of_nested_models(training):
+    block = keras.Sequential([keras.Input((8,)), layers.Dropout(0.5), layers.Dense(8)])
+    inputs = keras.Input((8,))
+    nested = keras.Model(inputs, block(inputs, training=not training))
+    x = layers.Dense(16, "relu", name="hidden")(nested(inputs, training=training))
+    model = randomize(keras.Model(inputs, layers.Dense(2)(x)))
+    kill(model, "hidden")
+    small = assert_smaller(model, SAMPLES)
+    for net in (model, small):
+        first, second = (keras.ops.convert_to_numpy(net(SAMPLES)) for _ in range(2))
+        assert np.array_equal(first, second) is not training
+
+
+@once
+def test_dense_layers_of_a_nested_model_with_active_dropout_lose_channels():
+    block = [keras.Input((8,)), layers.Dense(16, "relu", name="hidden"), layers.Dense(4)]
+    nested = keras.Sequential([*block, layers.Dropout(0.5)])
+    inputs = keras.Input((8,))
+    model = randomize(keras.Model(inputs, layers.Dense(2)(nested(inputs, training=True))))
+    kill(nested, "hidden")
+    assert_smaller(model, SAMPLES)
+
+
 # -- Keras masks -----------------------------------------------------------------------------------
 
 IDS = np.array([[1, 2, 0, 0, 3, 0], [4, 0, 0, 0, 0, 0]])

@@ -132,7 +132,8 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
         return Opaque(call, _unsupported_reason(op))
     if tied:
         return Opaque(call, f"{tied}; {NOT_READ}")
-    if call.kwargs.get("training"):
+    # A kernel layer computes the same outputs in training and in inference.
+    if call.kwargs.get("training") and handler is not KernelLayer:
         return Opaque(call, f"is called with training=True; {NOT_READ}")
     if (len(call.outputs) != 1 and handler is not Split) or not call.inputs:
         return Opaque(call, f"has more than one output; {NOT_READ}")

@@ -3,6 +3,7 @@ execution."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +139,14 @@ def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor]
     return calls, outputs, originals
 
 
-def _flatten(model, inputs, prefix: str, calls: list[Call], dense, originals) -> list[Tensor]:
+def _flatten(
+    model, inputs, prefix: str, calls: list[Call], dense, originals, training: bool | None = None
+) -> list[Tensor]:
+    """Append the calls of a model to `calls`, and return the output tensors of the model.
+
+    `training` is the argument with which a nested model is called. As in Keras, every layer of the
+    nested model that takes the argument receives it.
+    """
     graph = _keras.graph_of(model)
     tensors = {id(x): y for x, y in zip(graph.inputs, inputs)}
     for node in _keras.nodes_in_order(graph):
@@ -148,10 +156,13 @@ def _flatten(model, inputs, prefix: str, calls: list[Call], dense, originals) ->
         args, kwargs = node.arguments.fill_in(tensors)
         for key in [key for key in kwargs if _is_automatic_mask(key, node)]:
             del kwargs[key]
+        if training is not None and _takes_training(op):
+            kwargs["training"] = training
         given = _tensors((args, kwargs))
         if _is_nested_graph(op) and len(given) == len(_keras.graph_of(op).inputs):
             inner = _keras.inputs_of_call(_keras.graph_of(op), args, kwargs)
-            outputs = _flatten(op, inner, f"{prefix}{op.name}_", calls, dense, originals)
+            name, mode = f"{prefix}{op.name}_", kwargs.get("training")
+            outputs = _flatten(op, inner, name, calls, dense, originals, training=mode)
         else:
             # A `Gate` has several inputs, but its dense copy takes only the first input.
             if isinstance(op, Gate):
@@ -171,6 +182,10 @@ def _flatten(model, inputs, prefix: str, calls: list[Call], dense, originals) ->
 
 def _is_nested_graph(op) -> bool:
     return isinstance(op, keras.Model) and _keras.graph_of(op) is not None
+
+
+def _takes_training(op) -> bool:
+    return isinstance(op, keras.Layer) and "training" in inspect.signature(op.call).parameters
 
 
 def _is_mask(name: str) -> bool:
