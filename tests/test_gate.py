@@ -323,6 +323,32 @@ def test_invalid_arguments_raise():
         model.fit(x, y, verbose=0)
 
 
+def closed_gate(inputs, closed, context=None, **arguments):
+    """Return the output of a `Gate` that is closed for the given channels."""
+    gate = Gate(dependent=context is not None, **arguments)
+    outputs = gate(inputs) if context is None else gate(context=context, x=inputs)
+    state = gate.sparse_state["gate"]
+    state["mean" if gate.dependent else "logit"].assign(1.0 - 2.0 * np.float32(closed))
+    return outputs
+
+
+@every(2)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((4,), 1), ((4, 3), 1), ((4, 3, 2), 1), ((3, 4, 2), -2), ((3, 4), 2)]
+)
+def test_strip_keeps_the_outputs_of_gates_on_any_axis(shape, axis):
+    inputs = keras.Input(shape)
+    channel = closed_gate(inputs, [0, 1, 0, 1], axis=axis)
+    outputs = [channel, closed_gate(inputs, 1, axis=axis, structure="branch")]
+    model = keras.Model(inputs, outputs)
+    data = np.random.default_rng(0).standard_normal((2, *shape)).astype("float32")
+    expected = models.predict(model, data)
+    assert np.all(expected[1] == 0)
+    assert np.all((expected[0] == 0).sum(axis) == 2)
+    for found, value in zip(models.predict(keras_dst.strip(model), data), expected):
+        np.testing.assert_array_equal(found, value)
+
+
 def test_stripping_a_gate_in_a_subclassed_model_raises():
     @keras.saving.register_keras_serializable("tests")
     class Gated(keras.Model):

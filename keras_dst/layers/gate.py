@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-import numpy as np
 from keras import layers, ops
 
 from keras_dst import _keras
@@ -196,7 +195,7 @@ class Gate(_keras.BuildHook, layers.Layer):
     def restore_stock(self) -> None:
         """Convert the layer, in place, to a `Rescaling` layer with the constant gates."""
         on = ops.convert_to_numpy(self.is_open()).astype("float32")
-        scale = np.broadcast_to(on, self._shape).reshape(self._shape).tolist()
+        scale = on.reshape(self._shape).tolist()
         stock = layers.Rescaling(scale, name=self.name, dtype=self.dtype_policy)
         stock.build(self._shape)
         nodes = _keras.nodes_of(self)
