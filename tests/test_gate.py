@@ -349,6 +349,21 @@ def test_strip_keeps_the_outputs_of_gates_on_any_axis(shape, axis):
         np.testing.assert_array_equal(found, value)
 
 
+@every(2)
+@pytest.mark.parametrize("with_context", [False, True])
+def test_a_gate_returns_the_keras_mask_of_its_first_argument(with_context):
+    tokens = keras.Input((6,), dtype="int32")
+    h = layers.Embedding(10, 3, mask_zero=True, name="masked")(tokens)
+    context = layers.Embedding(10, 3)(tokens) if with_context else None
+    h = closed_gate(h, [0, 1, 0], context)
+    model = keras.Model(tokens, layers.GlobalAveragePooling1D()(h))
+    data = np.array([[1, 2, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0]])
+    expected = models.predict(model, data)
+    first = model.get_layer("masked").embeddings.numpy()[data] * [1, 0, 1]
+    np.testing.assert_allclose(expected, [first[0, :2].mean(0), first[1, 0]], rtol=1e-5)
+    np.testing.assert_array_equal(models.predict(keras_dst.strip(model), data), expected)
+
+
 def test_stripping_a_gate_in_a_subclassed_model_raises():
     @keras.saving.register_keras_serializable("tests")
     class Gated(keras.Model):

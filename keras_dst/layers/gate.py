@@ -76,6 +76,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.supports_masking = True
         if structure not in ("channel", "branch"):
             raise ValueError(f"structure must be 'channel' or 'branch'. Received: {structure!r}")
         if not (is_number(cost) and cost > 0):
