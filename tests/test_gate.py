@@ -364,6 +364,20 @@ def test_a_gate_returns_the_keras_mask_of_its_first_argument(with_context):
     np.testing.assert_array_equal(models.predict(keras_dst.strip(model), data), expected)
 
 
+def test_strip_and_shrink_keep_the_first_argument_of_a_gate_called_with_keywords():
+    inputs = keras.Input((3,))
+    context = layers.Dense(5, name="context")(inputs)
+    gated = closed_gate(layers.Dense(4, name="main")(inputs), [0, 1, 0, 0], context)
+    model = keras.Model(inputs, gated)
+    data = np.random.default_rng(0).standard_normal((2, 3)).astype("float32")
+    expected = models.predict(model, data)
+    small = keras_dst.shrink(model)
+    np.testing.assert_allclose(models.predict(small, data), expected, atol=1e-6)
+    np.testing.assert_array_equal(models.predict(keras_dst.strip(model), data), expected)
+    # `shrink` removes layers that compute only the context of gates.
+    assert "context" not in [layer.name for layer in small.layers]
+
+
 def test_stripping_a_gate_in_a_subclassed_model_raises():
     @keras.saving.register_keras_serializable("tests")
     class Gated(keras.Model):

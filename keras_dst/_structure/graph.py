@@ -164,9 +164,9 @@ def _flatten(
             name, mode = f"{prefix}{op.name}_", kwargs.get("training")
             outputs = _flatten(op, inner, name, calls, dense, originals, training=mode)
         else:
-            # A `Gate` has several inputs, but its dense copy takes only the first input.
+            # A `Gate` has several inputs, but its dense copy takes only the first argument.
             if isinstance(op, Gate):
-                args, kwargs = (given[0],), {}
+                args, kwargs = (op.first_argument(args, kwargs),), {}
             if id(op) not in dense:
                 dense[id(op)] = dense_copy(op)
                 originals.update(original_variables(op, dense[id(op)]))

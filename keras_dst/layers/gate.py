@@ -27,6 +27,8 @@ class Gate(_keras.BuildHook, layers.Layer):
     inference, the gates are constants. A gate with a trainable logit is open if the logit is 0 or
     more. A gate of a gating module is open if its running mean is 0.5 or more (the consensus of the
     paper). `strip` replaces a `Gate` layer by a `keras.layers.Rescaling` with the constant gates.
+    After `strip`, layers that compute only the context of gates are still part of the model.
+    `shrink` removes these layers.
 
     Args:
         axis: Axis of the channels. Defaults to -1.
@@ -193,6 +195,11 @@ class Gate(_keras.BuildHook, layers.Layer):
         mean = self.__dict__.pop("_batch_mean", None)
         return ops.cast(self.is_open(), "float32") if mean is None else mean
 
+    @staticmethod
+    def first_argument(args, kwargs):
+        """Return the call argument `x` from the arguments of a call."""
+        return args[0] if args else kwargs["x"]
+
     def restore_stock(self) -> None:
         """Convert the layer, in place, to a `Rescaling` layer with the constant gates."""
         on = ops.convert_to_numpy(self.is_open()).astype("float32")
@@ -201,9 +208,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         stock.build(self._shape)
         nodes = _keras.nodes_of(self)
         for node in nodes[0]:  # `Rescaling` has no argument `context`.
-            node.arguments = type(node.arguments)(
-                (*node.arguments.args, *node.arguments.kwargs.values())[0]
-            )
+            arguments = node.arguments
+            node.arguments = type(arguments)(self.first_argument(arguments.args, arguments.kwargs))
         self.__dict__.clear()
         self.__class__ = layers.Rescaling
         self.__dict__.update(stock.__dict__)
