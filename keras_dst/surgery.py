@@ -179,7 +179,8 @@ def strip(model):
     Raises:
         TypeError: If the model is not a Keras 3 model.
         ValueError: If the model is not built, or if a `Gate` is not part of a Sequential or
-            Functional model.
+            Functional model. A ValueError is also raised if a `Gate` has inputs of rank 2 and the
+            image data format is "channels_first".
 
     Example:
         >>> keras_dst.strip(model).save("model.keras")  # loads without keras_dst
@@ -391,7 +392,8 @@ def _holds_kernels(operation) -> bool:
 
 
 def _check_gates(model, layers) -> None:
-    """Raise ValueError if a Gate cannot be replaced because it is not part of a graph."""
+    """Raise ValueError if a Gate cannot be replaced: it is not part of a graph, or no stock layer
+    computes the same outputs."""
     graphs = [g for x in _keras.flatten_layers(model) if (g := _graph_or_none(x)) is not None]
     placed = {id(operation) for graph in graphs for operation in graph.operations}
     for layer in layers:
@@ -403,6 +405,8 @@ def _check_gates(model, layers) -> None:
                 "can also use the model without strip(), because its gates are constants in "
                 "inference."
             )
+        if isinstance(layer, Gate):
+            layer.check_stock()
 
 
 def _graph_or_none(layer):

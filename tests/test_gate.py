@@ -378,6 +378,30 @@ def test_strip_and_shrink_keep_the_first_argument_of_a_gate_called_with_keywords
     assert "context" not in [layer.name for layer in small.layers]
 
 
+def test_with_channels_first_strip_raises_before_it_changes_a_gate_on_units():
+    keras.config.set_image_data_format("channels_first")
+    try:
+        inputs = keras.Input((4,))
+        branch = closed_gate(inputs, 1, structure="branch")
+        image = closed_gate(layers.Reshape((4, 1, 1))(inputs), [0, 1, 0, 1], axis=1)
+        data = np.ones((2, 4), "float32")
+        model = keras.Model(inputs, [branch, layers.Flatten()(image)])
+        expected = models.predict(model, data)
+        np.testing.assert_array_equal(models.predict(keras_dst.strip(model), data), expected)
+
+        units = closed_gate(layers.Dense(4)(inputs), [0, 1, 0, 1])
+        model = keras.Model(inputs, closed_gate(units, [0, 0, 1, 1]))
+        expected = models.predict(model, data)
+        with pytest.raises(ValueError, match=r"set_image_data_format\('channels_last'\)"):
+            keras_dst.strip(model)
+        assert len(gates_of(model)) == 2
+        np.testing.assert_array_equal(models.predict(model, data), expected)
+        keras.config.set_image_data_format("channels_last")
+        np.testing.assert_array_equal(models.predict(keras_dst.strip(model), data), expected)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
 def test_stripping_a_gate_in_a_subclassed_model_raises():
     @keras.saving.register_keras_serializable("tests")
     class Gated(keras.Model):

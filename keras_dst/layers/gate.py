@@ -200,10 +200,29 @@ class Gate(_keras.BuildHook, layers.Layer):
         """Return the call argument `x` from the arguments of a call."""
         return args[0] if args else kwargs["x"]
 
+    def check_stock(self) -> None:
+        """Raise ValueError if a `Rescaling` layer cannot apply the constant gates.
+
+        With the image data format "channels_first", `Rescaling` appends axes to a scale of rank 1
+        or 2.
+        """
+        rank = len(self._shape)
+        channels_first = keras.config.image_data_format() == "channels_first"
+        if self.structure == "channel" and rank < 3 and channels_first:
+            raise ValueError(
+                "With the image data format 'channels_first', a Gate that is replaced by "
+                "keras.layers.Rescaling must have inputs of rank 3 or more. Received: "
+                f"'{self.name}' with inputs of rank {rank}. Call "
+                "keras.config.set_image_data_format('channels_last') before you strip or load the "
+                "model. Existing layers keep their own data format."
+            )
+
     def restore_stock(self) -> None:
         """Convert the layer, in place, to a `Rescaling` layer with the constant gates."""
+        self.check_stock()
         on = ops.convert_to_numpy(self.is_open()).astype("float32")
-        scale = on.reshape(self._shape).tolist()
+        # A scalar also fits inputs of rank 2 with the data format "channels_first".
+        scale = on.reshape(self._shape).tolist() if on.ndim else float(on)
         stock = layers.Rescaling(scale, name=self.name, dtype=self.dtype_policy)
         stock.build(self._shape)
         nodes = _keras.nodes_of(self)
