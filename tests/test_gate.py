@@ -323,6 +323,22 @@ def test_invalid_arguments_raise():
         model.fit(x, y, verbose=0)
 
 
+@once
+@pytest.mark.parametrize(
+    ("shape", "arguments", "message"),
+    [
+        ((4,), {"axis": 0}, r"not the axis of the batch.*\(None, 4\).*axis=0"),
+        ((4,), {"axis": -2, "structure": "branch"}, "not the axis of the batch.*axis=-2"),
+        ((None, 4), {"axis": 1}, r"axis 1 of `x` must have a fixed size.*\(None, None, 4\)"),
+        ((None,), {"dependent": True, "structure": "branch"}, "axis -1 of `context` must have"),
+    ],
+)
+def test_axes_without_channels_raise(shape, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Gate(**arguments)(keras.Input(shape))
+    assert Gate(structure="branch")(keras.Input((None, None))).shape == (None, None, None)
+
+
 def closed_gate(inputs, closed, context=None, **arguments):
     """Return the output of a `Gate` that is closed for the given channels."""
     gate = Gate(dependent=context is not None, **arguments)

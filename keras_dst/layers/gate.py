@@ -103,19 +103,26 @@ class Gate(_keras.BuildHook, layers.Layer):
 
     def build(self, x_shape, context_shape=None):
         channels = self.structure == "channel"
-        if not -len(x_shape) <= self.axis < len(x_shape):
+        rank = len(x_shape)
+        if not -rank <= self.axis < rank or self.axis % rank == 0:
             raise ValueError(
-                f"axis must be an axis of the input, whose shape is {tuple(x_shape)}. "
-                f"Received: axis={self.axis}"
+                "axis must be an axis of the input, but not the axis of the batch. The input has "
+                f"the shape {tuple(x_shape)}. Received: axis={self.axis}"
             )
-        self._shape = tuple(
-            n if i == self.axis % len(x_shape) else 1 for i, n in enumerate(x_shape)
-        )
-        self._shape = self._shape if channels else (1,) * len(x_shape)
+        read = {"x": x_shape} if channels else {}
+        if self.dependent:
+            read["context"] = context_shape or x_shape
+        for argument, shape in read.items():
+            if shape[self.axis] is None:
+                raise ValueError(
+                    f"The axis {self.axis} of `{argument}` must have a fixed size. Received: the "
+                    f"shape {tuple(shape)}. Pass the size to keras.Input."
+                )
+        self._shape = tuple(n if i == self.axis % rank else 1 for i, n in enumerate(x_shape))
+        self._shape = self._shape if channels else (1,) * rank
         gates = (math.prod(self._shape),) if channels else ()
         if self.dependent:
-            context_shape = context_shape or x_shape
-            pooled = (None, context_shape[self.axis])
+            pooled = (None, read["context"][self.axis])
             # Gates are computed in float32 under every dtype policy.
             self.hidden = layers.Dense(self.units, use_bias=False, dtype="float32", name="hidden")
             self.norm = layers.BatchNormalization(dtype="float32", name="norm")
