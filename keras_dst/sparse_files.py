@@ -178,13 +178,13 @@ def _safetensors():
 def _zeros_under_masks(model) -> Iterator[None]:
     """Set the pruned weights of sparse layers to zero, and restore the weights on exit."""
     restored = []
-    for layer in _keras.flatten_layers(model):
-        if isinstance(layer, SparseMixin):
-            for layout, variable, state in layer.masked_weights():
-                restored.append((variable, variable.numpy()))
-                w = keras.ops.convert_to_tensor(variable)
-                variable.assign(masked(w, layer.method.mask(w, state, layout)))
     try:
+        for layer in _keras.flatten_layers(model):
+            if isinstance(layer, SparseMixin):
+                for layout, variable, state in layer.masked_weights():
+                    restored.append((variable, variable.numpy()))
+                    w = keras.ops.convert_to_tensor(variable)
+                    variable.assign(masked(w, layer.method.mask(w, state, layout)))
         yield
     finally:
         for variable, value in restored:

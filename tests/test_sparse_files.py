@@ -129,6 +129,26 @@ def test_a_stripped_model_keeps_layers_with_a_vocabulary(path):
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
+@once
+def test_an_interrupt_restores_pruned_weights(path, monkeypatch):
+    model = network()
+    keras_dst.sparsify(model, DST(0.9))
+    before = [bits(v).copy() for v in model.variables]
+    zeros = iter([np.zeros(model.layers[0].kernel.shape)])
+
+    def masked(w, mask):
+        try:
+            return next(zeros)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr("keras_dst.sparse_files.masked", masked)
+    with pytest.raises(KeyboardInterrupt):
+        keras_dst.save_sparse(model, path)
+    for old, variable in zip(before, model.variables):
+        np.testing.assert_array_equal(old, bits(variable))
+
+
 class DamagedFile(Exception):
     pass
 

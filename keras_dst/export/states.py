@@ -26,9 +26,9 @@ def reset_states(model: keras.Model) -> Iterator[None]:
     variables = list(model.non_trainable_variables)
     variables += [state for layer in recurrent for state in keras.tree.flatten(layer.states)]
     before = [(variable, keras.ops.convert_to_numpy(variable).copy()) for variable in variables]
-    for layer in recurrent:
-        layer.reset_state()
     try:
+        for layer in recurrent:
+            layer.reset_state()
         yield
     finally:
         for variable, value in before:

@@ -16,6 +16,7 @@ from keras_dst.export.samples import (
     read_samples,
     signature_of,
 )
+from keras_dst.export.states import reset_states
 from keras_dst.export.verify import Case, deviation, keras_cases, predictor
 
 from . import graphs
@@ -166,6 +167,22 @@ def test_predictions_on_a_generator():
     model, x = dense_model(), np.random.default_rng(0).standard_normal((8, 8))
     predict = predictor(model, fully_connected(WEIGHT), signature_of(model))
     np.testing.assert_allclose(predict(x[i : i + 3] for i in (0, 3, 6)), x @ WEIGHT.T, atol=1e-5)
+
+
+def test_an_interrupt_restores_the_states_of_recurrent_layers(monkeypatch):
+    lstm, gru = layers.LSTM(2, stateful=True), layers.GRU(2, stateful=True, return_sequences=True)
+    model = keras.Sequential([keras.Input(batch_shape=(1, 3, 2)), gru, lstm])
+    model(np.ones((1, 3, 2), np.float32))
+    before = keras.ops.convert_to_numpy(gru.states[0]).copy()
+    assert before.any()
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lstm, "reset_state", interrupt)
+    with pytest.raises(KeyboardInterrupt), reset_states(model):
+        pass
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(gru.states[0]), before)
 
 
 def two_inputs(names):
