@@ -54,7 +54,8 @@ def save_sparse(model, path, include_optimizer: bool = False) -> None:
         model: Built Keras 3 model: sparse, stripped or dense.
         path: Path of the file. An existing file is replaced.
         include_optimizer: Whether to store the optimizer and the arguments of `compile`, so that
-            training can be continued. Defaults to False.
+            training can be continued. The argument also applies to models inside the model.
+            Defaults to False.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model.
@@ -75,16 +76,17 @@ def save_sparse(model, path, include_optimizer: bool = False) -> None:
     check_writable(path)
     with tempfile.TemporaryDirectory() as folder:
         dense = pathlib.Path(folder) / "model.keras"
-        with _zeros_under_masks(model):
+        without = contextlib.nullcontext() if include_optimizer else _without_optimizers(model)
+        with without, _zeros_under_masks(model):
             model.save(dense)
         with zipfile.ZipFile(dense) as archive, atomic_write(path) as unfinished:
             with archive.open(_HDF5) as file, h5py.File(io.BytesIO(file.read())) as weights:
-                structure, tensors = _encode(weights, include_optimizer)
+                structure, tensors = _encode(weights)
             with zipfile.ZipFile(unfinished, "w") as sparse:
                 for name in archive.namelist():
                     content = archive.read(name)
                     if name == "config.json" and not include_optimizer:
-                        config = {**json.loads(content), "compile_config": None}
+                        config = json.loads(content, object_hook=_without_compile_config)
                         content = json.dumps(config).encode()
                     if name != _HDF5:
                         sparse.writestr(name, content, zipfile.ZIP_DEFLATED)
@@ -191,7 +193,29 @@ def _zeros_under_masks(model) -> Iterator[None]:
             variable.assign(value)
 
 
-def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str, np.ndarray]]:
+@contextlib.contextmanager
+def _without_optimizers(model) -> Iterator[None]:
+    """Hide the optimizer of a model and the optimizers of all models inside it within this context,
+    so that Keras does not save them."""
+    models = [inner for inner in _keras.flatten_layers(model) if isinstance(inner, keras.Model)]
+    hidden = [(vars(inner), inner.optimizer) for inner in models if "optimizer" in vars(inner)]
+    try:
+        for attributes, _ in hidden:
+            attributes["optimizer"] = None
+        yield
+    finally:
+        for attributes, optimizer in hidden:
+            attributes["optimizer"] = optimizer
+
+
+def _without_compile_config(config: dict) -> dict:
+    """Remove the arguments of `compile` from the config of one object."""
+    if "class_name" in config:
+        config.pop("compile_config", None)
+    return config
+
+
+def _encode(weights: h5py.File) -> tuple[dict, dict[str, np.ndarray]]:
     """Split an HDF5 file into its structure, which can be stored as JSON, and its encoded tensors.
 
     A tensor is encoded as a bitmap and its nonzero values if the dense tensor would take more
@@ -201,15 +225,14 @@ def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str
     tensors = {}
 
     def visit(name, item):
-        if name.split("/")[0] == "optimizer" and not include_optimizer:
-            return
         attributes = {key: _to_json(value) for key, value in item.attrs.items()}
         if isinstance(item, h5py.Group):
             structure["groups"][name] = attributes
             return
         values = np.ascontiguousarray(item[()]).reshape(-1)
         entry = {"attributes": attributes, "dtype": values.dtype.str, "shape": item.shape}
-        kept = values.view(f"u{values.dtype.itemsize}") != 0  # -0.0 counts as nonzero.
+        # Compare bytes, so that -0.0 counts as nonzero.
+        kept = values.view("uint8").reshape(-1, values.itemsize).any(axis=1)
         bitmap = np.packbits(kept)
         entry["sparse"] = bool(
             bitmap.nbytes + np.count_nonzero(kept) * values.itemsize < values.nbytes

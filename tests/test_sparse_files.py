@@ -1,12 +1,15 @@
 """Tests of `save_sparse` and `load_sparse`: small files, exact weights, errors for bad files."""
 
 import contextlib
+import io
 
+import h5py
 import keras
 import numpy as np
 import pytest
 
 import keras_dst
+from keras_dst import sparse_files
 from keras_dst.methods import DCIL, DST, Magnitude
 from tests.backends import every, once
 
@@ -147,6 +150,37 @@ def test_an_interrupt_restores_pruned_weights(path, monkeypatch):
         keras_dst.save_sparse(model, path)
     for old, variable in zip(before, model.variables):
         np.testing.assert_array_equal(old, bits(variable))
+
+
+@once
+def test_optimizers_of_nested_models_are_left_out(path):
+    model = keras.Sequential([keras.Input((64,)), network(), keras.layers.Dense(10)])
+    keras_dst.save_sparse(model, path)
+    size = path.stat().st_size
+    for compiled in (model, model.layers[0]):
+        compiled.compile("adam", "mse")
+        compiled.optimizer.build(compiled.trainable_variables)
+    keras_dst.save_sparse(model, path)
+    assert path.stat().st_size == size
+    loaded = keras_dst.load_sparse(path)
+    check_same(model, loaded)
+    assert not loaded.compiled
+    assert not loaded.layers[0].compiled
+    assert model.optimizer.built
+    assert model.layers[0].optimizer.built
+    keras_dst.save_sparse(model, path, include_optimizer=True)
+    assert keras_dst.load_sparse(path).layers[0].optimizer.built
+
+
+@once
+def test_complex_weights_are_stored():
+    values = np.array([0, -0.0, 1j, complex(0, -0.0)] * 50, "complex128")
+    with h5py.File(io.BytesIO(), "w") as weights:
+        weights["w"] = values
+        structure, tensors = sparse_files._encode(weights)
+    content = sparse_files._decode(structure, tensors)
+    with h5py.File(io.BytesIO(content)) as weights:
+        assert weights["w"][()].tobytes() == values.tobytes()
 
 
 class DamagedFile(Exception):
