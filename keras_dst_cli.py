@@ -15,7 +15,8 @@ import sys
 import zipfile
 from collections.abc import Sequence
 
-#: Copy of `keras_dst.export.ethos.ACCELERATORS`, because importing keras_dst here would be slow.
+#: Copy of `keras_dst.export.target_reports.ACCELERATORS`, because importing keras_dst here would be
+#: slow.
 _NPUS = (
     *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
     *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),

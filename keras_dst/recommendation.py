@@ -15,6 +15,7 @@ import textwrap
 from dataclasses import asdict, dataclass
 
 from keras_dst._utils.validation import check_integer, is_number
+from keras_dst.export.target_reports import ACCELERATORS
 from keras_dst.masks import Pattern
 
 
@@ -166,6 +167,8 @@ def recommend(
         raise ValueError(f"sparsity must be between 0 and 1. Received: sparsity={sparsity!r}")
     check_integer(epochs, "epochs")
     similar = _measured_pattern(pattern, sparsity)
+    if similar == "unstructured":
+        pattern = similar  # The pattern "1x1" is another name for "unstructured".
     figure = min(
         (figure for figure in FIGURES if figure.pattern == similar),
         key=lambda figure: (
@@ -190,7 +193,8 @@ def recommend(
     if target is not None:
         notes += _target_notes(target, pattern, sparsity)
     given = "" if pattern == "unstructured" else f", pattern={pattern!r}"
-    return Recommendation(f"{figure.method}(sparsity={sparsity:g}{given})", figure, tuple(notes))
+    method = f"{figure.method}(sparsity={float(sparsity)!r}{given})"
+    return Recommendation(method, figure, tuple(notes))
 
 
 def _measured_pattern(name: str, sparsity: float) -> str:
@@ -220,12 +224,12 @@ def _target_notes(target: str, pattern: str, sparsity: float) -> list[str]:
             f"No figure for the target {target}: keras_dst.export_tflite compares the latency of "
             "sparse and dense files on a CPU."
         ]
-    measured = target if target in TARGETS else _FAMILIES.get(target[:9])
-    if measured is None:
+    if target not in ("micro", *ACCELERATORS):
         raise ValueError(
-            f"target must be {', '.join((*_CPUS, *TARGETS))}, or another NPU of the families "
-            f"{', '.join(_FAMILIES)}. Received: {target!r}"
+            f"target must be one of {', '.join((*_CPUS, 'micro', *ACCELERATORS))}. "
+            f"Received: target={target!r}"
         )
+    measured = target if target in TARGETS else _FAMILIES[target[:9]]
     notes = []
     if measured != target:
         notes.append(f"Not measured: {target}. The nearest target is {measured}.")

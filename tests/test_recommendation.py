@@ -5,6 +5,7 @@ import re
 import statistics
 from collections import defaultdict
 
+import numpy as np
 import pytest
 
 import keras_dst
@@ -116,6 +117,14 @@ def test_an_unmeasured_request_returns_the_nearest_figure(request_, epochs, spar
     assert found.notes[0] == f"{note} The figure is the nearest one."
 
 
+@pytest.mark.parametrize("sparsity", [0.9, 0.9999999, np.float64(0.9)])
+@pytest.mark.parametrize("pattern", ["unstructured", "1x1"])
+def test_the_recommended_expression_creates_a_method(sparsity, pattern):
+    found = recommend(sparsity, 1, pattern)
+    assert found == recommend(sparsity, 1)
+    assert eval(found.method, vars(keras_dst.methods)).sparsity == sparsity
+
+
 def test_notes_on_targets():
     def notes(target, sparsity=0.9, pattern="unstructured"):
         plain = recommend(sparsity, 3, pattern).notes
@@ -143,7 +152,8 @@ def test_notes_on_targets():
         ((0.9, 0), "epochs must be a whole number >= 1"),
         ((0.9, 3, "2x"), "pattern must be"),
         ((0.9, 3, "2:4"), "The pattern 2:4 fixes the sparsity at 0.5"),
-        ((0.9, 3, "channel", "gpu"), "target must be host, arm, any, "),
+        ((0.9, 3, "channel", "gpu"), "target must be one of host, arm, any, "),
+        ((0.9, 3, "channel", "ethos-u55-banana"), "target must be one of host, arm, any, "),
     ],
 )
 def test_invalid_arguments_raise(arguments, message):

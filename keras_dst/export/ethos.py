@@ -21,15 +21,8 @@ from keras_dst.export.decode import load
 from keras_dst.export.encode import scale_axis, weights
 from keras_dst.export.flatbuffer import op_name, read, text, write
 from keras_dst.export.report import ExportError
-from keras_dst.export.target_reports import CPUOp, VelaEstimate, VelaReport
+from keras_dst.export.target_reports import ACCELERATORS, CPUOp, VelaEstimate, VelaReport
 
-#: NPU configurations that Vela 5.2 supports. The number at the end of a configuration's name is the
-#: number of multiply-accumulates per cycle.
-ACCELERATORS = (
-    *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
-    *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),
-    "ethos-u85-2048",
-)
 NEEDS_VELA = "Estimates for an Ethos-U NPU need Vela. Fix: pip install keras_dst[ethos]."
 _SEED = 0
 

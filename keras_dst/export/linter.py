@@ -8,6 +8,7 @@ from pathlib import Path
 import keras
 
 from keras_dst.export.findings import LintReport
+from keras_dst.export.target_reports import ACCELERATORS
 from keras_dst.export.tflite import check_exportable, check_installed, check_option
 
 
@@ -54,7 +55,6 @@ def lint(
     # optional packages.
     from keras_dst.export.convert import conversions, to_tflite
     from keras_dst.export.decode import load, value_error_if_damaged
-    from keras_dst.export.ethos import ACCELERATORS
     from keras_dst.export.rules import check
     from keras_dst.export.samples import random_samples, signature_of
     from keras_dst.export.selection import select_formats

@@ -16,12 +16,7 @@ from keras_dst._utils.files import atomic_write
 from keras_dst.export import encode
 from keras_dst.export.convert import conversions
 from keras_dst.export.encode import Format
-from keras_dst.export.ethos import (
-    ACCELERATORS,
-    NEEDS_VELA,
-    compile_for_npu,
-    vela_version,
-)
+from keras_dst.export.ethos import NEEDS_VELA, compile_for_npu, vela_version
 from keras_dst.export.flatbuffer import read
 from keras_dst.export.latency_model import CPUS, LatencyModel, this_cpu
 from keras_dst.export.measure import latencies, loads_and_latencies
@@ -52,7 +47,7 @@ from keras_dst.export.samples import (
     signature_of,
 )
 from keras_dst.export.selection import Choice, Objective, Plan, select_formats
-from keras_dst.export.target_reports import MicroReport, VelaReport
+from keras_dst.export.target_reports import ACCELERATORS, MicroReport, VelaReport
 from keras_dst.export.verify import (
     Case,
     Deviation,

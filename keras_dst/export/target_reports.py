@@ -6,6 +6,14 @@ from dataclasses import dataclass
 
 from keras_dst._reporting.tables import as_paragraph, as_table
 
+#: NPU configurations that Vela 5.2 supports. The number at the end of a configuration's name is the
+#: number of multiply-accumulates per cycle.
+ACCELERATORS = (
+    *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
+    *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),
+    "ethos-u85-2048",
+)
+
 
 @dataclass(frozen=True)
 class VelaEstimate:

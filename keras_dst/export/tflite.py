@@ -12,6 +12,7 @@ import keras
 from keras_dst._utils.files import as_path, check_writable
 from keras_dst._utils.validation import check_boolean, check_integer, is_number
 from keras_dst.export.report import ExportReport
+from keras_dst.export.target_reports import ACCELERATORS
 from keras_dst.surgery import check_model
 
 
@@ -138,7 +139,7 @@ def export_tflite(
     check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
     # The modules below need optional packages, but `import keras_dst` must work without the
     # optional packages.
-    from keras_dst.export.ethos import ACCELERATORS, NEEDS_VELA, vela_version
+    from keras_dst.export.ethos import NEEDS_VELA, vela_version
     from keras_dst.export.micro import check_tflm
     from keras_dst.export.pipeline import TOLERANCES, Settings, export
 

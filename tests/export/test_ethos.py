@@ -13,6 +13,7 @@ from keras_dst.export import ethos
 from keras_dst.export.decode import encoding, type_name
 from keras_dst.export.encode import weights
 from keras_dst.export.flatbuffer import op_name, read
+from keras_dst.export.target_reports import ACCELERATORS
 from tests.backends import on_tensorflow
 
 pytestmark = on_tensorflow
