@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_dst import callbacks, methods
+from keras_dst._utils.files import as_path, check_writable
 from keras_dst._utils.validation import check_integer
 from keras_dst.surgery import sparsify, strip
 
@@ -35,6 +36,8 @@ def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
 
     check_integer(epochs, "epochs")
     check_integer(seed, "seed", minimum=0)
+    if keep is not None:
+        check_writable(as_path(keep, "keep"), ".tflite")
     start = time.perf_counter()
     train, test = _digits()
     print(f"digits: {len(train[0])} images to train on, {len(test[0])} to test on, 28 x 28 pixels")
@@ -100,7 +103,8 @@ def _train(data, epochs, seed, method):
     history = model.fit(*data, batch_size=32, epochs=epochs, verbose=0, callbacks=driver)
     if method:
         sparsity = history.history["sparsity"]
-        marks = range(epochs // 8 - 1, epochs, epochs // 8)
+        step = max(epochs // 8, 1)
+        marks = range(step - 1, epochs, step)
         print("sparsity: " + "  ".join(f"epoch {i + 1}: {sparsity[i]:.3f}" for i in marks))
     return model
 

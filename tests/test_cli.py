@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 
 import keras_dst.cli
 import keras_dst_cli as cli
+from keras_dst import demo
 from keras_dst.export.encode import Format, encode, weights
 from keras_dst.export.flatbuffer import read, write
 from keras_dst.methods import DST
@@ -286,6 +288,20 @@ def test_an_output_that_cannot_be_written_raises(command, output, message, saved
     assert cli.main([command, str(saved), str(tmp_path / output)]) == 1
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
+
+
+@once
+def test_demo_checks_the_path_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("keras_dst.demo._digits", lambda: pytest.fail("read the training data"))
+    assert cli.main(["demo", "--keep", str(tmp_path / "missing" / "sparse.tflite")]) == 1
+    assert "Expected a path in an existing folder" in capsys.readouterr().err
+
+
+@once
+def test_demo_with_few_epochs(capsys):
+    data = np.zeros((32, 28, 28, 1), "float32"), np.zeros(32, "int32")
+    demo._train(data, 3, 0, DST())
+    assert re.findall(r"epoch (\d):", capsys.readouterr().out) == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize(
