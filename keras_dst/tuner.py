@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_dst.callbacks import SparseTraining
 from keras_dst.export import export_tflite
@@ -27,7 +28,8 @@ class SparseHyperModel(keras_tuner.HyperModel):
     """KerasTuner hypermodel that trains every trial with the callback `SparseTraining`.
 
     The results of a trial are the metrics of its last epoch, under names such as
-    `"final_val_accuracy"`. KerasTuner also keeps the weights of the last epoch, because training
+    `"final_val_accuracy"`. Metrics with several values, such as `F1Score(average=None)`, are left
+    out. KerasTuner also keeps the weights of the last epoch, because training
     reaches the target sparsity at the end. An earlier epoch often has a higher accuracy, but also a
     lower sparsity. If a trial misses its target sparsity, the trial fails, and the error message
     states by how much.
@@ -103,7 +105,11 @@ class SparseHyperModel(keras_tuner.HyperModel):
         history = model.fit(*args, callbacks=callbacks, **kwargs).history
         if missed := sparse.missed():
             raise keras_tuner.errors.FailedTrialError(" ".join(missed))
-        results = {f"final_{name}": float(values[-1]) for name, values in history.items()}
+        results = {
+            f"final_{name}": float(values[-1])
+            for name, values in history.items()
+            if np.ndim(values[-1]) == 0
+        }
         if self.export is not None:
             results.update(_exported(model, self.export))
         if self.score is not None:

@@ -98,6 +98,21 @@ def test_trials_reach_their_targets(data, tmp_path):
     assert trials(second)[0].score == trials(tuner)[0].score
 
 
+def test_metrics_with_several_values_are_left_out(data):
+    def build(hp):
+        model = magnitude_model(hp)
+        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+        f1 = keras.metrics.F1Score(average=None)
+        model.compile(model.optimizer, loss, metrics=["accuracy", f1], jit_compile=False)
+        return model
+
+    hp = keras_tuner.HyperParameters()
+    hypermodel = SparseHyperModel(build)
+    results = hypermodel.fit(hp, build(hp), data["x"], np.eye(2)[data["y"]], verbose=0)
+    assert {"final_accuracy", "final_sparsity"} <= set(results)
+    assert "final_f1_score" not in results
+
+
 @every(16)
 def test_search_by_accuracy_and_sparsity(data, tmp_path):
     def score(results):
