@@ -281,8 +281,11 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
         samples = random_samples(model, signature)
     evaluate = settings.evaluate
     if not (evaluate is None or callable(evaluate)):
-        _check_classes(getattr(model, "outputs", None))
+        outputs = getattr(model, "outputs", None)
+        _check_classes(outputs)
         evaluate = read_labeled(model, evaluate)
+        if outputs is not None:
+            _check_labels(evaluate[1], outputs[0].shape)
     return _Data(signature, samples, calibration, evaluate)
 
 
@@ -356,7 +359,8 @@ def _accuracy(model: keras.Model, content: bytes, data: _Data) -> float | None:
     samples, labels = data.evaluate
     outputs = predict(samples)
     _check_classes(list(outputs.values()) if isinstance(outputs, dict) else [outputs])
-    one_hot = labels.ndim == outputs.ndim and labels.shape[-1] == outputs.shape[-1]
+    _check_labels(labels, outputs.shape)
+    one_hot = _is_one_hot(labels, outputs.shape)
     if not one_hot and labels.size != outputs[..., 0].size:
         raise ValueError(
             "Expected one integer label per prediction, or one-hot labels, in evaluate. "
@@ -364,6 +368,29 @@ def _accuracy(model: keras.Model, content: bytes, data: _Data) -> float | None:
         )
     classes = labels.argmax(-1) if one_hot else labels.reshape(outputs.shape[:-1])
     return float((outputs.argmax(-1) == classes).mean())
+
+
+def _is_one_hot(labels: np.ndarray, outputs: Sequence[int | None]) -> bool:
+    """Return whether labels have one value per class, for outputs of the given shape."""
+    return labels.ndim == len(outputs) and labels.shape[-1] == outputs[-1]
+
+
+def _check_labels(labels: np.ndarray, outputs: Sequence[int | None]) -> None:
+    """Raise ValueError unless labels are integers or one-hot vectors, for outputs of the given
+    shape. Smoothed one-hot vectors are valid."""
+    valid = labels.dtype.kind in "biuf"
+    if valid and _is_one_hot(labels, outputs):
+        largest = labels == labels.max(-1, keepdims=True)
+        valid = bool((largest.sum(-1) == 1).all()) and np.allclose(labels.sum(-1), 1, atol=1e-2)
+    elif valid:
+        valid = bool((labels == np.rint(labels)).all())
+    if not valid:
+        raise ValueError(
+            "Expected integers or one-hot vectors as labels in evaluate, because evaluate= is not "
+            f"a function. Received: labels of type {labels.dtype} and shape {labels.shape} with "
+            "other values. Fix: pass evaluate=lambda predict: ..., a function that returns the "
+            "metric."
+        )
 
 
 def _check_classes(outputs: Sequence | None) -> None:

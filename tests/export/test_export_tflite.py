@@ -555,8 +555,8 @@ def test_report_contains_measured_latency_and_accuracy(model, converted, path, m
     monkeypatch.setattr(pipeline, "latencies", lambda contents, **_: [1.0] * len(contents))
     x = np.random.default_rng(0).standard_normal((50, 32)).astype(np.float32)
     y = model.predict(x, verbose=0).argmax(-1)
-    y[:10] += 1
-    for evaluate in ((x, y), (x, np.eye(65)[y][:, :64]), lambda f: np.mean(f(x).argmax(-1) == y)):
+    y[:10] = (y[:10] + 1) % 64
+    for evaluate in ((x, y), (x, np.eye(64)[y]), lambda f: np.mean(f(x).argmax(-1) == y)):
         lines = []
         report = export_tflite(model, path, measure=True, evaluate=evaluate, progress=lines.append)
         _, int8, ours = report.files
@@ -578,6 +578,35 @@ def test_evaluate_needs_class_labels(model, converted, path):
     with pytest.raises(ValueError, match="one output that has a value for each class"):
         export_tflite(narrow, path, evaluate=(np.ones((4, 32)), np.ones(4)))
     assert is_untouched(path)
+
+
+MULTI_HOT = np.eye(64)[[0, 1, 2, 3]] + np.eye(64)[4]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.full((4, 64), 0.3), np.full(4, 0.5), MULTI_HOT, np.array(["a"] * 4), np.full(4, np.nan)],
+    ids=["regression", "fractions", "multi-hot", "strings", "NaN"],
+)
+def test_labels_of_other_tasks_raise(never_converted, model, tmp_path, labels):
+    x = np.ones((4, 32), np.float32)
+    message = (
+        "Expected integers or one-hot vectors as labels in evaluate.*Fix: pass evaluate=lambda"
+    )
+    with pytest.raises(ValueError, match=message):
+        export_tflite(model, tmp_path / "model.tflite", evaluate=(x, labels))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float32])
+def test_labels_of_every_dtype(model, converted, path, dtype):
+    x = np.random.default_rng(0).standard_normal((50, 32)).astype(np.float32)
+    y = model.predict(x, verbose=0).argmax(-1)
+    labels = [np.eye(64, dtype=dtype)[y]]
+    labels += [] if dtype is bool else [y.astype(dtype), y[:, None].astype(dtype)]
+    labels += [0.9 * np.eye(64)[y] + 0.1 / 64] if dtype is np.float32 else []
+    for given in labels:
+        report = export_tflite(model, path, evaluate=(x, given))
+        assert report.files[-1].accuracy == 1
 
 
 def test_report_of_a_dense_model_gives_reasons(converted, tmp_path):
