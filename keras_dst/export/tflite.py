@@ -167,6 +167,11 @@ def export_tflite(
         if vela_version() is None:
             raise ImportError(NEEDS_VELA)
         compiled = as_path(vela_path, "vela_path")
+        if compiled.resolve() == file.resolve():
+            raise ValueError(
+                f"Expected different files as path and vela_path. Received: {file} as both. "
+                "Fix: choose another name for vela_path."
+            )
         check_writable(compiled, ".tflite")
     limit = TOLERANCES[quantize] if tolerance is None else tolerance
     settings = Settings(

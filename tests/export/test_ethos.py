@@ -175,10 +175,15 @@ def test_a_file_that_vela_refuses_raises_an_error(exported, monkeypatch):
 
 def test_invalid_arguments_raise_before_the_export(model, tmp_path):
     path = tmp_path / "model.tflite"
+    npu = {"target": "ethos-u55-128", "quantize": "full", "representative": x}
     for options, message in (
         ({"target": "ethos-u56-128"}, "Expected target to be one of"),
         ({"target": "ethos-u55-128"}, r"Expected quantize='full' with target='ethos-u55-128'"),
         ({"vela_path": tmp_path / "v.tflite"}, r"Expected an Ethos-U target with vela_path="),
+        (
+            {**npu, "vela_path": tmp_path / ".." / tmp_path.name / path.name},
+            "Expected different files as path and vela_path",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             keras_dst.export_tflite(model, path, **options)
@@ -190,4 +195,4 @@ def test_invalid_arguments_raise_before_the_export(model, tmp_path):
 
 
 def test_command_line_accepts_all_npus():
-    assert keras_dst_cli._NPUS == ethos.ACCELERATORS
+    assert keras_dst_cli._NPUS == ACCELERATORS
