@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -252,7 +252,7 @@ def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
             found.append(_match(model, inputs, "evaluate"))
             read.append(_label_array(labels))
         samples = _joined(found, "evaluate")
-        targets = np.concatenate(read)
+        targets = _concatenated(read, "evaluate")
     if len(samples) != len(targets):
         raise ValueError(
             "Expected one label for each sample in evaluate. "
@@ -366,10 +366,21 @@ def _joined(found: list[Samples], argument: str) -> Samples:
             "generator that was already read, pass a new generator."
         )
     arrays = [
-        None if parts[0] is None else np.concatenate(parts)
+        None if all(part is None for part in parts) else _concatenated(parts, argument)
         for parts in zip(*(samples.arrays for samples in found), strict=True)
     ]
     return replace(found[0], arrays=arrays)
+
+
+def _concatenated(parts: Sequence[np.ndarray | None], argument: str) -> np.ndarray:
+    shapes = list(dict.fromkeys(None if part is None else part.shape[1:] for part in parts))
+    if len(shapes) > 1:
+        raise ValueError(
+            f"Expected samples of the same shape in all batches of {argument}. Received: samples "
+            f"of shapes {', '.join(map(str, shapes[:4]))}. Fix: pad all batches to the same "
+            "length, and pass an optional input in all batches or in none."
+        )
+    return np.concatenate(parts)  # type: ignore[arg-type]
 
 
 def _match(model: keras.Model, inputs: Any, argument: str) -> Samples:

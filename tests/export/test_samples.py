@@ -140,6 +140,24 @@ def test_an_endless_data_set_is_read_up_to_the_limit():
         read_labeled(model, repeated)
 
 
+def test_batches_of_different_lengths_raise():
+    model = keras.Sequential([keras.Input((None, 4)), layers.Dense(3)])
+    batches = [np.ones((2, length, 4), np.float32) for length in (5, 7, 9)]
+    message = r"same shape in all batches of {}.*shapes \(5, 4\), \(7, 4\), \(9, 4\). Fix: pad"
+    with pytest.raises(ValueError, match=message.format("inputs")):
+        read_samples(model, iter(batches), "inputs")
+    labeled = [(np.ones((2, 9, 4), np.float32), np.ones((2, length))) for length in (5, 7)]
+    with pytest.raises(ValueError, match=r"batches of evaluate.*shapes \(5,\), \(7,\). Fix: pad"):
+        read_labeled(model, iter(labeled))
+
+
+def test_an_optional_input_in_some_batches_raises():
+    batches = [{"x": X, "extra": EXTRA}, {"x": X, "extra": None}]
+    for data in (batches, batches[::-1]):
+        with pytest.raises(ValueError, match="an optional input in all batches or in none"):
+            read_samples(two_inputs(optional=True), iter(data), "inputs")
+
+
 def test_missing_last_axes_are_added_as_in_keras():
     x = keras.Input((1,), name="x")
     model = keras.Model(x, layers.Dense(3)(x))
