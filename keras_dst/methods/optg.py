@@ -4,7 +4,7 @@ Every weight has a trainable score `v`, which is 0 at first. The scores of all l
 together:
 
 ```text
-m = 1[v among the highest 1 - s_t]        forward with w * m
+m = 1[v among the highest 1 - s_e]        forward with w * m
 dL/dw = g m        dL/dv = g w        (straight-through)
 s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E/2))
 ```

@@ -21,7 +21,7 @@ import keras_dst
 from keras_dst.export import ExportError, ExportReport, encode, flatbuffer, pipeline
 from keras_dst.export.convert import to_tflite
 from keras_dst.surgery import has_sparse_layers
-from tests.backends import every, on_tensorflow
+from tests.backends import every, on_tensorflow, slow
 
 from .graphs import AUTO, BUILTIN, fully_connected, sparse_values
 from .graphs import ops as ops_of
@@ -417,16 +417,23 @@ def test_models_that_cannot_be_converted_raise(tmp_path, last, message):
 
 # JAX and PyTorch convert with the same code.
 @every(1 if keras.backend.backend() == "tensorflow" else 0)
-def test_export_does_not_change_a_sparse_model(tmp_path):
-    """Test a conversion in the same process on TensorFlow, and in a second process on PyTorch."""
+def test_export_does_not_change_a_sparse_model(tmp_path, monkeypatch):
+    """Test a conversion in the same process on TensorFlow, and in a second process on PyTorch.
+
+    The model has a layer class and an activation function of a module of the user.
+    """
+    code = "from keras import layers\nclass Own(layers.Dense): pass\ndef double(x): return 2 * x\n"
+    (tmp_path / "own_layers.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_layers")
     image, extra = keras.Input((16, 16, 3)), keras.Input((8,))
     y = layers.Conv2D(32, 3, padding="same", use_bias=False)(image)
     y = layers.ReLU()(layers.BatchNormalization()(y))
     y = layers.Add()([y, layers.Conv2D(32, 3, padding="same")(y)])
     y = layers.Dropout(0.5)(layers.GlobalAveragePooling2D()(y))
-    y = layers.Concatenate()([y, extra])
+    y = own.Own(40, own.double)(layers.Concatenate()([y, extra]))
     model = keras.Model([extra, image], {"b": layers.Dense(32)(y), "a": layers.Dense(64)(y)})
-    keras_dst.sparsify(model, keras_dst.methods.DST())
+    keras_dst.sparsify(model, keras_dst.methods.DST(), filters="(conv2d|dense).*")
     for variable in model.trainable_variables:
         if "threshold" in variable.path:
             variable.assign(np.full(variable.shape, 0.1))
@@ -434,7 +441,8 @@ def test_export_does_not_change_a_sparse_model(tmp_path):
     weights = model.get_weights()
     rng = np.random.default_rng(0)
     x = [rng.standard_normal((6, *shape)).astype(np.float32) for shape in ((8,), (16, 16, 3))]
-    path = tmp_path / "model.tflite"
+    path = tmp_path / "exported" / "model.tflite"
+    path.parent.mkdir()
     report = export_tflite(model, path, inputs=x)
     check(report, model, path)
     # In the large kernel, most initial weights are below the threshold 0.1. In the kernels of the
@@ -447,18 +455,7 @@ def test_export_does_not_change_a_sparse_model(tmp_path):
         np.testing.assert_array_equal(old, new)
 
 
-@every(0)
-def test_export_with_classes_and_functions_of_a_user_module(tmp_path, monkeypatch):
-    code = "from keras import layers\nclass Own(layers.Dense): pass\ndef double(x): return 2 * x\n"
-    (tmp_path / "own_layers.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    own = importlib.import_module("own_layers")
-    model = keras.Sequential([keras.Input((8,)), own.Own(4, own.double), layers.Dense(4)])
-    keras_dst.sparsify(model, keras_dst.methods.DST(), filters="dense.*")
-    assert export_tflite(model, tmp_path / "model.tflite").max_error < 1e-5
-
-
-@every(0)
+@slow
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="needs no second Python")
 def test_a_class_that_cannot_be_imported_raises(tmp_path):
     class Local(layers.Dense):
