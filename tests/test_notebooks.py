@@ -13,7 +13,7 @@ from tests.backends import slow
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 # `make test` runs only these notebooks, and `make test-all` runs all notebooks. Other tests train
 # with the methods of the other notebooks, and run similar code on the pages.
-SHORT = (1, 7, 15)
+SHORT = (1, 11, 15)
 
 NUMBER = r"(\d[\d,]*(?:\.\d+)?(?:e-\d+)?)"
 # VALUES maps the name of a printed value to its regular expression, and to the largest allowed

@@ -633,7 +633,7 @@ def test_a_layer_frozen_after_sparsify_keeps_its_mask(method):
     model = models.compiled(frozen_model("trainable"))
     keras_dst.sparsify(model, method)
     model.get_layer("base").trainable = False
-    model.compile(model.optimizer, "sparse_categorical_crossentropy")
+    models.compiled(model, model.optimizer)
     before = models.arrays(model.get_layer("base").variables)
     data, labels = x.reshape(96, -1)[:, :16], y
     history = model.fit(data, labels, epochs=2, verbose=0, callbacks=[SparseTraining()])
