@@ -34,9 +34,12 @@ def check(allocation) -> None:
 
 
 def _check_shapes(shapes) -> None:
-    """Raise ValueError unless `shapes` is a sequence of sequences of whole numbers."""
+    """Raise ValueError unless `shapes` is a sequence of nonempty sequences of whole numbers."""
     try:
-        valid = all(is_integer(n, minimum=1) for i in range(len(shapes)) for n in shapes[i])
+        valid = all(
+            len(shapes[i]) and all(is_integer(n, minimum=1) for n in shapes[i])
+            for i in range(len(shapes))
+        )
     # The TypeError means that `shapes` or one of its entries is not a sequence.
     except (TypeError, KeyError):
         valid = False

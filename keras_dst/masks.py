@@ -333,6 +333,9 @@ class Pattern:
     | `"N:M"`, such as `"2:4"` | a single weight, with N kept of M consecutive input channels |
     | `"channel"` | all weights of an output unit |
 
+    An N:M pattern fixes the sparsity. A mask update therefore prunes nothing while the target
+    sparsity of the schedule is 0, and prunes all groups as soon as the target exceeds 0.
+
     If the block length does not divide the length of an axis, the last block of the axis is
     smaller. In the name `"RxC"` of a block pattern, R counts outputs and C counts inputs. The
     argument `block_size` in `keras_dst.tfmot` has the opposite order, inputs x outputs, as in

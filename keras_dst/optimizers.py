@@ -211,7 +211,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.kernel_indices = kernel_indices
         self.kernel_names = [_path_of(k) for k in kernels]
         self.states = states
-        self.set_layouts([KERNEL if len(k.shape) > 1 else Layout(inputs=()) for k in kernels])
+        self.set_layouts([KERNEL] * len(kernels))
 
     def set_layouts(
         self,
@@ -239,7 +239,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         gammas = gammas if self.method.reads_scales else []
         self._scales = channels.scales_of(shapes, layouts, gammas)
         self._initial_update = True
-        self._plan_updates()
+        self._timetable = None
 
     def _is_dense(self) -> bool:
         """Return whether the method never prunes any weight."""
@@ -377,11 +377,13 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             )
         if self._is_dense() or int(ops.cast(self.step, "int32")):
             return
-        self._known_timetable()
-        self._check_channels()
         method: Any = self.method
         kernels, _, layouts, names = self.trained()
-        if kernels and (sparsity := method.schedule.at(0)) > 0:
+        if not kernels:
+            return
+        self._known_timetable()
+        self._check_channels()
+        if (sparsity := method.schedule.at(0)) > 0:
             shapes = [tuple(k.shape) for k in kernels]
             kept = method.kept_counts(shapes, layouts, sparsity, names)
             kept = ops.convert_to_tensor(kept, "int32")
@@ -393,18 +395,27 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             update = jit(lambda w, s, kept, now: method.update(w, s, layouts, kept, now))
             self.update_masks(update(*self.weights_and_states(), kept, now))
         self._initial_update = False
-        self._plan_updates()
+        self._timetable = None
 
-    def _plan_updates(self) -> None:
-        """Compute the step, the target sparsity and the number of kept weights of every mask
-        update. This function runs outside of compiled training steps."""
+    def _known_timetable(self) -> _Timetable:
+        """Return the step, the target sparsity and the number of kept weights of every mask update.
+
+        `SparseTraining` does not need the timetable, so the timetable is computed at the first use.
+        """
         method: Any = self.method
         schedule = method.schedule
         kernels, _, layouts, names = self.trained()
-        self._timetable, self._planned = None, names
+        # The names differ if layers have been frozen or unfrozen since the last step.
+        if self._timetable is not None and self._planned == names:
+            return self._timetable
         clock = update_clock(method, schedule) if schedule is not None else None
-        if clock is None or self._is_dense() or not kernels:
-            return
+        if clock is None:
+            if schedule is not None:
+                schedule.span(None)  # Raises an error unless the schedule is given in steps.
+            raise ValueError(
+                f"{method!r} updates its masks once per epoch, but only SparseTraining knows the "
+                "length of an epoch. Pass frequency as a number of steps, or fit with the callback."
+            )
         targets = {step: schedule.at(step) for step in clock.steps()}
         if self._initial_update and targets[0] > 0 and 1 not in targets:
             # Without `apply_initial_masks`, the masks of step 0 are applied after the first
@@ -416,17 +427,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._timetable = _Timetable(
             clock, np.array(steps, "int32"), np.array([targets[s] for s in steps]), np.stack(kept)
         )
-
-    def _known_timetable(self) -> _Timetable:
-        if self._timetable is not None:
-            return self._timetable
-        if self.method.schedule is not None:
-            # `span` raises an error unless the schedule is given in steps.
-            self.method.schedule.span(None)
-        raise ValueError(
-            f"{self.method!r} updates its masks once per epoch, but only SparseTraining knows the "
-            "length of an epoch. Pass frequency as a number of steps, or fit with the callback."
-        )
+        self._planned = names
+        return self._timetable
 
     @outside_torch_graph
     def _update_in_step(self):
@@ -435,8 +437,6 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         _, _, layouts, names = self.trained()
         if method.schedule is None or not names:
             return
-        if names != self._planned:  # Layers have been frozen or unfrozen since the last step.
-            self._plan_updates()
         timetable = self._known_timetable()
         step = ops.convert_to_tensor(self.step)
         due, row = timetable.look_up(step)

@@ -294,6 +294,8 @@ def why_unsupported(layer, method: LayerMethod) -> str | None:
     for layout, variable in prunable_weights_of(layer):
         if not variable.trainable:
             return f"its weight '{variable.name}' is {_FROZEN}"
+        if 0 in variable.shape:
+            return f"its weight '{variable.name}' has no entries"
         try:
             method.check(variable.shape, layout)
         except ValueError as error:

@@ -214,3 +214,9 @@ def test_an_invalid_layer_name_in_an_allocation_raises(name):
 )
 def test_floor_counts_are_a_quarter_of_erk(shapes, sparsity, expected):
     assert floor_counts(shapes, sparsity).tolist() == expected
+
+
+@pytest.mark.parametrize("shapes", [[()], [(10, 10), ()], [(16, 8), (0, 8)]])
+def test_shapes_without_axes_or_entries_raise(shapes):
+    with pytest.raises(ValueError, match="shapes must be a list of shapes"):
+        densities("erk", shapes, 0.5)

@@ -939,3 +939,19 @@ def test_clones_keep_sparse_layers_inside_composite_layers():
     copy = keras.models.clone_model(model)
     assert sparse == [True] * 5
     assert [row.sparse for row in keras_dst.report(copy).layers] == sparse
+
+
+@once
+def test_a_kernel_without_entries_is_not_pruned():
+    empty, full = keras.Input((0,)), keras.Input((4,))
+    x = keras.layers.Add()(
+        [keras.layers.Dense(8, name="empty")(empty), keras.layers.Dense(8)(full)]
+    )
+    model = keras.Model([empty, full], keras.layers.Dense(2)(x))
+    optimizer = keras_dst.SparseOptimizer("sgd", Magnitude(0.5))
+    optimizer.build(model.trainable_variables)
+    assert len(optimizer.kernel_names) == 2
+    report = keras_dst.sparsify(model, OptG(0.5))
+    assert [(skip[0].split("/")[-1], "has no entries" in skip[1]) for skip in report.skipped] == [
+        ("empty", True)
+    ]

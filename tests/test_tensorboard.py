@@ -209,3 +209,16 @@ class TestErrors:
         monkeypatch.setitem(sys.modules, "tensorboardX", None)
         with pytest.raises(ImportError, match=r"pip install keras_dst\[tensorboard\]"):
             SparsityTensorBoard(tmp_path)
+
+
+def test_a_metric_with_one_value_per_class_is_logged_per_class(tmp_path):
+    model = net()
+    optimizer = SparseOptimizer("sgd", Magnitude(0.8))
+    f1 = keras.metrics.F1Score(name="f1")
+    model.compile(optimizer, "categorical_crossentropy", metrics=[f1])
+    x, y = models.data(size=16)
+    callbacks = [SparseTraining(), SparsityTensorBoard(tmp_path)]
+    history = model.fit(x, np.eye(2)[y], batch_size=16, verbose=0, callbacks=callbacks)
+    events = read(tmp_path)
+    written = [scalars(events, f"epoch/f1/{i}")[0] for i in range(2)]
+    np.testing.assert_allclose(written, np.ravel(history.history["f1"][0]))

@@ -100,8 +100,11 @@ class SparsityTensorBoard(keras.callbacks.Callback):
         else:
             step = self._iterations()
         for name, value in (logs or {}).items():
-            if not is_worst_value(value):
-                self._events.scalar(f"epoch/{name}", float(value), step)
+            # Some metrics return a vector, such as one value per class.
+            for i, entry in enumerate(np.ravel(value).tolist()):
+                if not is_worst_value(entry):
+                    title = f"epoch/{name}/{i}" if np.ndim(value) else f"epoch/{name}"
+                    self._events.scalar(title, entry, step)
         self._events.file.flush()
 
     def on_train_end(self, logs=None):

@@ -18,9 +18,13 @@ _NOT_PRUNED = re.compile(
 
 
 def is_kernel(variable) -> bool:
-    """Return whether a variable is a kernel: float or int8, two or more axes, and not a bias."""
+    """Return whether a variable is a kernel: float or int8, two or more axes, and not a bias.
+
+    A variable without entries, such as the kernel of a layer without input features, is no kernel.
+    """
     return (
         len(variable.shape) >= 2
+        and 0 not in variable.shape
         and bool(re.search("float|^int8$", keras.backend.standardize_dtype(variable.dtype)))
         and not _NOT_PRUNED.search(variable.name)
     )

@@ -271,6 +271,8 @@ class Method(Configurable):
         if channels.groups_of(layouts):
             return channels.kept_counts(self, shapes, layouts, sparsity, names)
         if pattern.n_of_m:
+            if sparsity == 0:
+                return np.array([math.prod(shape) for shape in shapes])
             return np.array([_kept_of_m(*x, *pattern.n_of_m) for x in zip(shapes, layouts)])
         return allocations.kept_counts(self.allocation, shapes, sparsity, names, final)
 
@@ -293,7 +295,11 @@ class Method(Configurable):
         if pattern.n_of_m:
             # Remove each tensor of scores from the list, so that `n_of_m` can free its memory.
             left, scores, (n, m) = [*scores], (), pattern.n_of_m
-            return [masks.n_of_m(left.pop(0), n, m, axis=layout.inputs[-1]) for layout in layouts]
+            dense = [count >= math.prod(s.shape) for count, s in zip(ops.unstack(kept), left)]
+            return [
+                ops.logical_or(masks.n_of_m(left.pop(0), n, m, axis=layout.inputs[-1]), whole)
+                for whole, layout in zip(dense, layouts)
+            ]
         shapes = [tuple(s.shape) for s in scores]
         together = kept.shape[0] == 1  # A single entry is the total of all weight tensors.
         ranges = [pattern.size_range(*of_weight) for of_weight in zip(shapes, layouts)]
@@ -405,6 +411,11 @@ class Method(Configurable):
                     f"Received: sparsity={self.schedule.sparsity:g}. "
                     f"Pass sparsity={1 - n / m:g}, or another pattern."
                 )
+        if pattern.n_of_m and self.min_kept is not None:
+            raise ValueError(
+                f"pattern={self.pattern!r} fixes how many weights every layer keeps. Received: "
+                f"min_kept={self.min_kept}. Omit min_kept, or use another pattern."
+            )
         if pattern.n_of_m and self.allocation not in ("global", "uniform"):
             raise ValueError(
                 f"pattern={self.pattern!r} fixes the sparsity of every weight, so it cannot be "

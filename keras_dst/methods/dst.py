@@ -37,7 +37,7 @@ from keras_dst._utils.validation import is_number
 from keras_dst.allocation import floor_counts
 from keras_dst.masks import KERNEL, Pattern
 from keras_dst.methods import channels
-from keras_dst.methods.base import LayerMethod
+from keras_dst.methods.base import LayerMethod, UnitMethod
 from keras_dst.regularizers import ThresholdPenalty
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
@@ -199,9 +199,7 @@ class DST(LayerMethod):
             return ()
         if self.granularity == "weight":
             return groups
-        outputs = {axis % len(groups) for axis in layout.outputs}
-        kept = [n if axis in outputs else 1 for axis, n in enumerate(groups)]
-        return tuple(kept[min(outputs) :])
+        return UnitMethod.gate_shape(groups, layout)
 
     # -- forward ---------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_dst
 from keras_dst._backend.jit import jit
 from keras_dst.allocation import floor_counts
 from keras_dst.masks import KERNEL, Layout
@@ -437,3 +438,12 @@ def test_no_layer_masks_a_unit_of_a_kept_channel():
 def test_costs_need_a_target_and_coupled_channels(arguments):
     with pytest.raises(ValueError, match="To count parameters or FLOPs, DST needs a sparsity"):
         DST(**arguments, pattern="channel", counted_in="flops")
+
+
+def test_a_kernel_without_an_output_axis_has_one_threshold():
+    model = keras.Sequential(
+        [keras.Input((4, 5)), keras.layers.EinsumDense("abc,bc->ab", output_shape=(4,))]
+    )
+    keras_dst.sparsify(model, DST())
+    (threshold,) = [v for v in model.trainable_variables if "threshold" in v.path]
+    assert threshold.shape == ()

@@ -213,8 +213,8 @@ def test_min_kept_in_partial_blocks():
 
 @pytest.mark.parametrize("shape", [(8, 3), (7, 3), (2, 2, 8, 3)])
 def test_rank_in_n_of_m(shape):
-    w = random(*shape)
-    (found,) = masks_of(Magnitude(0.5, pattern="2:4"), [w], [w.size])
+    w, method = random(*shape), Magnitude(0.5, pattern="2:4")
+    (found,) = masks_of(method, [w], method.kept_counts([shape], [KERNEL], 0.5, ["w"]))
     rows, kept = np.moveaxis(np.abs(w), -2, -1), np.moveaxis(found, -2, -1)
     for row in np.ndindex(*rows.shape[:-1]):
         for start in range(0, rows.shape[-1], 4):

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_dst import methods
 from keras_dst.masks import KERNEL, Layout
+from keras_dst.schedules import Constant
 from tests.backends import every
 
 pytestmark = every(24)
@@ -104,3 +105,20 @@ def test_a_depthwise_kernel_has_no_input_axis_to_group(cls, pattern):
     depthwise = Layout(outputs=(-2, -1), inputs=())
     with pytest.raises(ValueError, match="needs an input axis"):
         method.kept_counts([(3, 3, 8, 1)], [depthwise], 0.5, ["depthwise"])
+
+
+@pytest.mark.parametrize("cls", [methods.Magnitude, methods.FlipOut, methods.OptG, methods.DCIL])
+def test_n_of_m_prunes_once_the_schedule_exceeds_zero(cls):
+    method = cls(Constant(0.5, begin=0.5), pattern="2:4")
+    scores = [ops.convert_to_tensor(np.random.RandomState(0).rand(16, 12), "float32")]
+    for target, expected in ((0.0, 192), (0.5, 96)):
+        kept = ops.convert_to_tensor(
+            method.kept_counts([(16, 12)], [KERNEL], target, [""]), "int32"
+        )
+        (mask,) = method.rank(scores, [KERNEL], kept)
+        assert np.count_nonzero(ops.convert_to_numpy(mask)) == expected
+
+
+def test_min_kept_with_n_of_m_raises():
+    with pytest.raises(ValueError, match=r"fixes how many weights.*min_kept=3.*Omit min_kept"):
+        methods.Magnitude(0.5, pattern="2:4", min_kept=3)
