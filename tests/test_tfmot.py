@@ -729,6 +729,19 @@ def changed(**config):
     return {**WRAPPED, "config": {**WRAPPED["config"], "layer": layer}}
 
 
+@once
+def test_load_keeps_the_hard_sigmoid_of_keras_2(tmp_path):
+    layer = changed(activation="hard_sigmoid")
+    model = tfmot.strip_pruning(tfmot.load(file_of(tmp_path / "pruned.h5", layer)))
+    x = np.array([[-1, 2, -1], [9, 9, 9], [-9, -9, -9]], "float32")
+    # The layer passes [1, 2] to its activation for the first sample.
+    expected = [[0.7, 0.9], [1, 0], [0, 1]]
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-6)
+    model.save(tmp_path / "again.keras")
+    again = keras.saving.load_model(tmp_path / "again.keras")
+    np.testing.assert_allclose(again.predict(x, verbose=0), expected, rtol=1e-6)
+
+
 LAMBDA = {"class_name": "Lambda", "config": {"name": "d", "function": ["4wEA", None, None]}}
 LAMBDA_INSIDE = {"class_name": "__lambda__", "config": {"value": "4wEA"}}
 FOREIGN = {"class_name": "Popen", "module": "subprocess", "config": {"args": ["true"]}}

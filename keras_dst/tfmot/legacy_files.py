@@ -19,6 +19,7 @@ from typing import Any
 import h5py
 import keras
 import numpy as np
+from keras import ops
 
 from keras_dst import _keras
 
@@ -100,6 +101,15 @@ def _build(config, file_format, root) -> tuple[keras.Model, list[Wrapper]]:
             "in tf_keras, and save it again."
         )
     return model, list(_assign_weights(model, config["config"]["layers"], file_format, root))
+
+
+@keras.saving.register_keras_serializable("keras_dst.tfmot")
+def keras2_hard_sigmoid(x):
+    """Compute the activation `hard_sigmoid` of Keras 2, with the slope 1/5.
+
+    The `hard_sigmoid` of Keras 3 has the slope 1/6.
+    """
+    return ops.clip(0.2 * x + 0.5, 0, 1)
 
 
 # -- configs -------------------------------------------------------------------------------------
@@ -206,7 +216,7 @@ def _layer_config(entry: dict) -> dict:
     return {
         "module": None if custom else "keras.layers",
         "class_name": name,
-        "config": {key: _config_value(x) for key, x in config.items()},
+        "config": _config_values(config),
         "registered_name": registered if custom else None,
         **({"build_config": entry["build_config"]} if custom and "build_config" in entry else {}),
     }
@@ -230,6 +240,15 @@ def _arguments(cls, config: dict) -> dict:
     return config
 
 
+def _config_values(config: dict) -> dict:
+    """Convert all values of a config to the Keras 3 format."""
+    activation = keras.activations.serialize(keras2_hard_sigmoid)
+    return {
+        key: activation if key.endswith("activation") and x == "hard_sigmoid" else _config_value(x)
+        for key, x in config.items()
+    }
+
+
 def _config_value(x):
     """Convert a value of a config, with all nested layers and objects, to the Keras 3 format."""
     if isinstance(x, list):
@@ -238,7 +257,7 @@ def _config_value(x):
         return x
     name, registered = x.get("class_name"), x.get("registered_name") or x.get("class_name")
     if name is None:
-        return {key: _config_value(inner) for key, inner in x.items()}
+        return _config_values(x)
     if name == "Policy":
         return x["config"]["name"]
     if hasattr(keras.layers, name) and "name" in x["config"]:
@@ -252,7 +271,8 @@ def _config_value(x):
             "registered. Decorate a custom class with "
             "@keras.saving.register_keras_serializable()."
         )
-    return {**x, "module": None, "registered_name": registered}
+    config = _config_value(x["config"])
+    return {**x, "module": None, "registered_name": registered, "config": config}
 
 
 # -- weights -------------------------------------------------------------------------------------
