@@ -13,6 +13,7 @@ from keras import layers
 
 import keras_dst
 from keras_dst import tfmot
+from keras_dst.tfmot import legacy_files
 from keras_dst.tfmot.masks import block_mask, magnitude_mask
 from tests import models
 from tests.backends import every, heavy, once
@@ -680,10 +681,13 @@ WRAPPED = {
 }
 
 
-def file_of(path, layer=WRAPPED, kernel=KERNEL):
-    """Write an .h5 file of a model with one layer, in the format of tf_keras."""
+def file_of(path, layer=WRAPPED, kernel=KERNEL, before=()):
+    """Write an .h5 file of a model in the format of tf_keras.
+
+    Only `layer` has weights. The layers in `before` come before `layer`.
+    """
     inputs = {"class_name": "InputLayer", "config": {"name": "i", "batch_input_shape": [None, 3]}}
-    config = {"name": "m", "layers": [inputs, layer]}
+    config = {"name": "m", "layers": [inputs, *before, layer]}
     weights = {
         "d/kernel:0": kernel,
         "d/bias:0": np.array([5, 6], "float32"),
@@ -740,6 +744,33 @@ def test_load_keeps_the_hard_sigmoid_of_keras_2(tmp_path):
     model.save(tmp_path / "again.keras")
     again = keras.saving.load_model(tmp_path / "again.keras")
     np.testing.assert_allclose(again.predict(x, verbose=0), expected, rtol=1e-6)
+
+
+@once
+def test_load_converts_layers_whose_arguments_keras_3_has_renamed_or_removed(tmp_path):
+    arguments = {
+        "LeakyReLU": {"alpha": 0.5},
+        "Reshape": {"target_shape": [1, 1, 3]},
+        "RandomFlip": {"mode": "horizontal", "seed": None, "rng_type": "stateful"},
+        "SpatialDropout2D": {"rate": 0.2, "noise_shape": None, "seed": None, "trainable": True},
+        "Flatten": {"data_format": "channels_last"},
+    }
+    before = [
+        {"class_name": name, "config": {"name": name, "dtype": "float32", **config}}
+        for name, config in arguments.items()
+    ]
+    model = tfmot.load(file_of(tmp_path / "pruned.h5", before=before))
+    assert [type(layer).__name__ for layer in model.layers[:-1]] == list(arguments)
+    x = np.array([[-2, 1, 0]], "float32")
+    # LeakyReLU(0.5) turns -2 into -1.
+    np.testing.assert_array_equal(model.predict(x, verbose=0), [[4, 4]])
+
+
+@once
+def test_names_of_layers_in_the_weights_of_a_keras_file():
+    classes = ["Conv2D", "ConvLSTM2D", "Conv2DTranspose", "LeakyReLU", "Conv2D", "RNN"]
+    keys = ["conv2d", "conv_lstm2d", "conv2d_transpose", "leaky_re_lu", "conv2d_1", "rnn"]
+    assert legacy_files._keys(classes) == keys
 
 
 LAMBDA = {"class_name": "Lambda", "config": {"name": "d", "function": ["4wEA", None, None]}}

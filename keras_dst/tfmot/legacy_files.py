@@ -29,7 +29,10 @@ _MODELS = ("Sequential", "Functional", "Model")
 # Arguments of Keras 2 layers that are ignored, because Keras 3 does not need them. Other arguments
 # that Keras 3 does not know are ignored only if their value is None, 0 or False.
 _SHAPES = ("batch_input_shape", "input_length", "query_shape", "key_shape", "value_shape")
-_UNUSED = ("implementation", "kernel_initializer", "kernel_regularizer", "kernel_constraint")
+_UNUSED = (
+    *("implementation", "rng_type", "trainable"),
+    *("kernel_initializer", "kernel_regularizer", "kernel_constraint"),
+)
 
 
 @dataclass
@@ -224,10 +227,17 @@ def _layer_config(entry: dict) -> dict:
 
 def _arguments(cls, config: dict) -> dict:
     """Return a Keras 2 layer config with only the arguments that the Keras 3 class accepts."""
-    known = {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters}
+    known: set[str] = set()
+    for base in cls.__mro__:
+        parameters = inspect.signature(base.__init__).parameters
+        known.update(parameters)
+        if "kwargs" not in parameters:  # The class passes no other arguments to its base classes.
+            break
     config = dict(config)
     if cls is keras.layers.InputLayer and "batch_input_shape" in config:
         config["batch_shape"] = config.pop("batch_input_shape")
+    if cls is keras.layers.LeakyReLU:
+        config["negative_slope"] = config.pop("alpha")
     if cls is keras.layers.BatchNormalization and isinstance(config["axis"], list):
         (config["axis"],) = config["axis"]
     for name in [name for name in config if name not in known]:
@@ -404,7 +414,7 @@ def _keys(classes: list[str]) -> list[str]:
     """Return the name of each layer's HDF5 group: dense, dense_1 and so on for Dense layers."""
     found: list[str] = []
     for name in classes:
-        snake = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", re.sub(r"\W+", "", name))
+        snake = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
         snake = re.sub(r"([a-z])([A-Z])", r"\1_\2", snake).lower()
         before = sum(1 for other in classes[: len(found)] if other == name)
         found.append(f"{snake}_{before}" if before else snake)
