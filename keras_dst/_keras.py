@@ -278,6 +278,11 @@ def node_of(tensor):
     return operation._inbound_nodes[index]
 
 
+def output_index_of(tensor) -> int:
+    """Return the position of a symbolic tensor among the outputs of the call that created it."""
+    return tensor._keras_history.tensor_index
+
+
 def nodes_of(operation) -> tuple[list, list]:
     """Return the lists in which Keras stores the inbound and outbound nodes of an operation."""
     return operation._inbound_nodes, operation._outbound_nodes

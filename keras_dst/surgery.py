@@ -368,23 +368,33 @@ def _output_layers(model) -> set[int]:
     """Return the ids of the output layers, which are the last layers with a kernel on each path to
     an output of the model."""
     graph = _keras.graph_of(model)
-    if graph is None:
-        return set()
+    return set() if graph is None else _last_layers(graph.outputs)[0]
+
+
+def _last_layers(tensors) -> tuple[set[int], set[int]]:
+    """Return the ids of the last layers with a kernel on each path to the given tensors, and the
+    ids of the tensors after these layers."""
     found: set[int] = set()
-    tensors, seen = list(graph.outputs), set()
+    tensors, seen = list(tensors), set()
     while tensors:
         tensor = tensors.pop()
-        operation = _keras.operation_of(tensor)
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        if isinstance(operation, keras.Model) and (last := _output_layers(operation)):
+        operation, node = _keras.operation_of(tensor), _keras.node_of(tensor)
+        nested = _graph_or_none(operation)
+        if nested is not None:
+            output = nested.outputs[_keras.output_index_of(tensor)]
+            last, after = _last_layers([output])
             found |= last
+            given = _keras.inputs_of_call(nested, node.arguments.args, node.arguments.kwargs)
+            pairs = zip(nested.inputs, given)
+            tensors += [outer for inner, outer in pairs if id(inner) in after]
         elif _holds_kernels(operation):
             found |= {id(layer) for layer in _keras.flatten_layers(operation)}
         else:
-            tensors += _keras.node_of(tensor).input_tensors
-    return found
+            tensors += node.input_tensors
+    return found, seen
 
 
 def _holds_kernels(operation) -> bool:

@@ -573,6 +573,31 @@ def test_the_optimizer_is_wrapped_once():
         keras_dst.sparsify(model, Magnitude(0.5))
 
 
+@once
+@pytest.mark.parametrize(
+    ("outputs", "expected"),
+    [
+        ("features", ["before", "hidden", "logits"]),
+        ("logits", ["before", "hidden", "inside"]),
+        ("skipped", ["hidden", "inside", "logits"]),
+        ("features and logits", ["before", "hidden"]),
+    ],
+)
+def test_channel_pruning_skips_the_output_layers_of_a_nested_model(outputs, expected):
+    x = keras.Input((8,), name="x"), keras.Input((8,), name="skip")
+    features = keras.layers.Dense(8, "relu", name="inside")(x[0])
+    hidden = keras.layers.Dense(8, "relu", name="hidden")(features)
+    logits = keras.layers.Dense(4, name="logits")(hidden)
+    nested = keras.Model(x, {"features": features, "logits": logits, "skipped": x[1] + 1.0})
+    inputs = keras.Input((8,))
+    before = keras.layers.Dense(8, "relu", name="before")(inputs)
+    results = nested({"x": inputs, "skip": before})
+    model = keras.Model(inputs, [results[name] for name in outputs.split(" and ")])
+    model.compile("sgd", "mse")
+    report = keras_dst.sparsify(model, Magnitude(0.5, "uniform", "channel"))
+    assert sorted(path.rpartition("/")[2] for path in paths(report)) == expected
+
+
 def test_the_report_is_a_table_in_a_notebook():
     model = models.compiled(models.residual())
     for method in (DST(), Magnitude(0.5)):
