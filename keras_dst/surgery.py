@@ -245,7 +245,7 @@ def _sparsify_model_layers(model, method: LayerMethod, filters: Filters) -> Spar
     chosen, norms = [], []
     excluded = _excluded_layers(model, method, filters)
     names = _names_of(model, inner)
-    selection = select(inner, filters, [tuple(names[id(layer)]) for layer in inner])
+    selection = select(inner, filters, [(*names[id(x)], *_kernel_paths(x)) for x in inner])
     for layer, selected in zip(inner, selection):
         path = layer.path or layer.name
         if isinstance(layer, SparseBatchNormalization.stock):
@@ -319,15 +319,18 @@ def _check_not_empty(model, report: SparsifyReport) -> None:
 
 
 def _names_of(model, inner) -> dict[int, list[str]]:
-    """Return a dict that maps layer ids to the names and paths that filters can match."""
+    """Return a dict that maps the id of each layer to the names and paths of the layer and of the
+    layers that contain it."""
     found = {id(layer): [layer.name, layer.path] for layer in inner}
     for outer in _keras.flatten_layers(model, include_self=False):
         for layer in _keras.flatten_layers(outer, include_self=False):
             if id(layer) in found:
                 found[id(layer)] += [outer.name, outer.path]
-    for layer in inner:
-        found[id(layer)] += [v.path for v in _keras.trainable_variables_of(layer) if is_kernel(v)]
     return {key: [name for name in names if name] for key, names in found.items()}
+
+
+def _kernel_paths(layer) -> list[str]:
+    return [v.path for v in _keras.trainable_variables_of(layer) if is_kernel(v)]
 
 
 def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, str]:
@@ -554,7 +557,7 @@ def _choose_kernels(
     selection = select(
         [layer for layer, _ in pairs],
         filters,
-        [(variable.path, *names[id(layer)][:-1]) for layer, variable in pairs],
+        [(variable.path, *names[id(layer)]) for layer, variable in pairs],
     )
     trained = optimizer.built and set(map(id, _keras.trained_variables_of(optimizer)))
     frozen, layouts = frozen_layers_of(model), layouts_of(model)

@@ -551,6 +551,23 @@ def test_filters_select_layers_for_sparse_optimizers(filters, expected):
     assert chosen == [path.rpartition("/")[2] for path in expected]
 
 
+@once
+@pytest.mark.parametrize(
+    ("layer", "shape", "weights"),
+    [
+        (keras.layers.LSTM, (8, 4), ["kernel", "recurrent_kernel"]),
+        (keras.layers.SeparableConv1D, (8, 4), ["depthwise_kernel", "pointwise_kernel"]),
+    ],
+)
+def test_a_filter_can_select_one_of_two_kernels_of_a_layer(layer, shape, weights):
+    arguments = {"kernel_size": 3} if "Conv" in layer.__name__ else {}
+    for name in weights:
+        model = keras.Sequential([keras.Input(shape), layer(6, **arguments)])
+        model.compile("sgd", "mse")
+        report = keras_dst.sparsify(model, Magnitude(0.5), f".*/{name}")
+        assert [names for _, names in report.sparsified] == [(name,)]
+
+
 def test_the_optimizer_skips_weights_without_the_pattern_axes():
     model = models.sequential()
     models.compiled(model)
