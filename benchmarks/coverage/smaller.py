@@ -276,10 +276,10 @@ def table():
         "never pruned. The network that was built at half width has the same layers as the dense "
         "network, but half of the filters, units and heads. The files are measured alternately "
         f"in {ROUNDS} rounds of {RUNS} inferences. Other processes slow down some rounds, so the "
-        "table shows only the round with the smallest total latency of all files. The column "
-        "`spread` gives the interquartile range of the latency of the network that was built at "
-        "half width, divided by its median latency. The last column lists the additional ops of "
-        "the file after `shrink`.",
+        "table shows only the round with the smallest total latency of all files. For the "
+        "network that was built at half width, the column `spread` gives the interquartile range "
+        "of the latency, divided by the median latency. The last column lists the additional ops "
+        "of the file after `shrink`.",
         "",
         "If the ratio of the latencies is 1, the network after `shrink` is as fast as the network "
         "that was built at half width. Both of these smaller networks can be slower than their "

@@ -42,11 +42,10 @@ _current: ContextVar[_Guesses | None] = ContextVar("guesses", default=None)
 
 
 def with_guesses(update: Callable) -> Callable:
-    """Wrap a function of tensors. The wrapper guesses conditions, and runs the function again after
-    a wrong guess.
+    """Return a wrapper of `update` that guesses the value of each condition in `update`.
 
-    The wrapper guesses that each condition has the same value as in the previous call of the
-    wrapped function.
+    The wrapper guesses that each condition has the same value as in the previous call. After a
+    wrong guess, the wrapper calls `update` again.
     """
     rare: set[int] = set()
 

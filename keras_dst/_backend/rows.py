@@ -141,7 +141,7 @@ class Scores:
         return values[0] if self.together else ops.take(values, rows.tensor)[:, None]
 
     def reduce_by_ranking(self, values, reduce, neutral):
-        """Reduce the values of all matrix rows, such as counts, to one value per ranking.
+        """Combine the values of all matrix rows, such as counts, to one value for each ranking.
 
         When the function reduces the rows of one tensor, `neutral` replaces the values of all other
         rows. `neutral` must be a value that does not change the result of `reduce`, such as 0 for a

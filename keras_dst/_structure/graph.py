@@ -122,7 +122,7 @@ def check_graph(model) -> None:
         raise ValueError(
             f"Expected a Sequential or Functional model. Received: '{model.name}' of type "
             f"{type(model).__name__}, which runs its layers in its own `call` method, so that its "
-            "graph is not known. Fix: pass the Functional models inside it."
+            "graph is not known. Fix: pass each Functional model that it contains."
         )
 
 

@@ -162,7 +162,7 @@ def export(
     others = [files["float32"]] if settings.npu else list(files.values())
     compared = _compare(model, others if settings.micro else [*others, content], data, settings)
     # LiteRT cannot run a file for TFLM, so the accuracy of the exported file cannot be measured.
-    # The report contains the accuracy of the dense int8 file, which computes the same outputs.
+    # The dense int8 file computes the same outputs, so the report contains its accuracy instead.
     if settings.micro:
         sizes = (len(content), gzip_bytes(content))
         compared.append(

@@ -117,7 +117,7 @@ def _compared(value: float, dense: float) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class MicroReport:
-    """Comparison of a file for microcontrollers with the dense int8 file.
+    """Comparison of an exported file for microcontrollers with the dense int8 file of the model.
 
     TFLM ran both files.
 

@@ -370,8 +370,8 @@ class Method(Configurable):
             raise ValueError(
                 "counted_in must be 'channels', 'parameters' or 'flops'. Received: 'latency', "
                 "which differs between machines and runs. Fix: call "
-                "keras_dst.sparsity_at_latency(model, ratio) before training, and pass its "
-                "sparsity with counted_in='flops'."
+                "keras_dst.sparsity_at_latency(model, ratio) before training, and pass the "
+                "returned sparsity with counted_in='flops'."
             )
         if self.counted_in not in channels.COUNTED_IN:
             raise ValueError(
