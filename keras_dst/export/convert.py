@@ -33,7 +33,14 @@ import numpy as np
 from keras_dst import _keras
 from keras_dst.export.origins import layer_at, layer_names
 from keras_dst.export.report import ExportError
-from keras_dst.export.samples import InputSpec, Samples, Signature, signature_of, symbolic_inputs
+from keras_dst.export.samples import (
+    InputSpec,
+    Samples,
+    Signature,
+    random_samples,
+    signature_of,
+    symbolic_inputs,
+)
 from keras_dst.export.states import reset_states
 from keras_dst.surgery import has_sparse_layers, strip
 
@@ -68,6 +75,9 @@ _CALL_FIX = (
 )
 # Maps the name of a TensorFlow op to the Keras operations that are converted to the op.
 _PART_OF = {"BitwiseAnd": "keras.ops.argmax and argmin"}
+
+# Number formats of files with integer ops.
+_INTEGER = {"int8", "integer"}
 
 # Maximum numbers of lines and columns of the converter's log that an error message shows.
 _LINES, _COLUMNS = 8, 400
@@ -108,13 +118,17 @@ def conversions(
             ``"integer"`` is like ``"int8"``, but the inputs and outputs are also int8.
         signature: Descriptions of the inputs of the files. Defaults to all inputs of the model.
         samples: Samples on which the ranges of activations are measured, for ``"int8"`` and
-            ``"integer"``.
+            ``"integer"``. Defaults to random samples.
 
     Raises:
-        ExportError: If the model could not be converted. The message names the op or the layer that
-            failed.
+        ExportError: If the model could not be converted. The message names the input, the op or the
+            layer that failed.
     """
     signature = signature or signature_of(model)
+    quantized = not _INTEGER.isdisjoint(kinds)
+    check_convertible(model, signature, quantized)
+    if quantized and samples is None:
+        samples = random_samples(model, signature)
     on_tensorflow = keras.backend.backend() == "tensorflow"
     arrays = samples and samples.arrays
     with tempfile.TemporaryDirectory() as name, reset_states(model):
@@ -132,6 +146,48 @@ def conversions(
         except _Failure as failure:
             raise _conversion_error(failure, layer_names(model)) from failure
         return [(folder / kind).read_bytes() for kind in kinds]
+
+
+def check_convertible(model: keras.Model, signature: Signature, quantized: bool) -> None:
+    """Raise ExportError if the model has inputs or layers that the converter cannot convert.
+
+    Args:
+        model: A built Keras 3 model.
+        signature: Descriptions of the inputs of the file.
+        quantized: Whether a file with integer ops is written.
+    """
+    strings = [spec.name for spec in signature.specs if spec.dtype == "string"]
+    if strings and keras.backend.backend() != "tensorflow":
+        raise ExportError(
+            f"Expected numeric inputs on the {keras.backend.backend()} backend. Received: "
+            f"string inputs {strings}, which Keras supports only on the TensorFlow backend. Fix: "
+            "load and export the model with KERAS_BACKEND=tensorflow. Alternatively, export "
+            "keras.Model(tensor, model.outputs), where tensor is the output of the layer that "
+            "reads the strings."
+        )
+    if strings and quantized:
+        raise ExportError(
+            "Expected numeric inputs for full int8 quantization. Received: string inputs "
+            f"{strings}, which cannot be quantized. Fix: export the model with quantize='weights'."
+        )
+    loops = [
+        layer.name
+        for layer in _keras.flatten_layers(model)
+        if isinstance(layer, keras.layers.RNN) and not layer.unroll
+    ]
+    if loops and quantized:  # The converter would crash.
+        raise ExportError(
+            "Expected recurrent layers with unroll=True for full int8 quantization. Received: the "
+            f"layers {loops}, which run a loop that TensorFlow's converter cannot calibrate. Fix: "
+            "build these layers with unroll=True, or export the model with quantize='weights'."
+        )
+    inputs = getattr(model, "inputs", None) or []
+    ragged = [tensor.name for tensor in inputs if getattr(tensor, "ragged", False)]
+    if ragged:
+        raise ExportError(
+            f"Expected dense inputs. Received: the ragged inputs {ragged}, which a .tflite file "
+            "cannot have. Fix: build the model on padded sequences, with a mask if necessary."
+        )
 
 
 def _save(model: keras.Model, path: Path) -> None:
@@ -227,7 +283,7 @@ def _convert(
                 converter.optimizations = [tf.lite.Optimize.DEFAULT]
             if kind == "integer":
                 converter.inference_input_type = converter.inference_output_type = tf.int8
-            if kind in ("int8", "integer"):
+            if kind in _INTEGER:
                 batches = list(_calibration_batches(specs, arrays or []))
                 converter.representative_dataset = lambda batches=batches: iter(batches)
             (folder / kind).write_bytes(converter.convert())

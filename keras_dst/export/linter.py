@@ -56,7 +56,6 @@ def lint(
     from keras_dst.export.convert import conversions, to_tflite
     from keras_dst.export.decode import load, value_error_if_damaged
     from keras_dst.export.rules import check
-    from keras_dst.export.samples import random_samples, signature_of
     from keras_dst.export.selection import select_formats
     from keras_dst.export.target_rules import check_for_target
 
@@ -64,9 +63,7 @@ def lint(
         check_option("target", target, ("micro", *ACCELERATORS))
     if not isinstance(model, bytes | str | os.PathLike):
         if target is not None:
-            signature = signature_of(model)
-            samples = random_samples(model, signature)
-            (content,) = conversions(model, ["integer"], signature, samples)
+            (content,) = conversions(model, ["integer"])
             return check_for_target(model.name, content, target)
         return check(model.name, select_formats(to_tflite(model)).content)
     name = "the bytes given" if isinstance(model, bytes) else Path(model).name

@@ -11,10 +11,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_dst import _keras
 from keras_dst._utils.files import atomic_write
 from keras_dst.export import encode
-from keras_dst.export.convert import conversions
+from keras_dst.export.convert import check_convertible, conversions
 from keras_dst.export.encode import Format
 from keras_dst.export.ethos import NEEDS_VELA, compile_for_npu, vela_version
 from keras_dst.export.flatbuffer import read
@@ -276,7 +275,8 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
             "Expected inputs= and representative= with arrays for the same inputs of the model. "
             "Received: an optional input that is None in only one of the two arguments."
         )
-    _check_convertible(model, signature, settings.quantize)
+    # `conversions` also runs this check, but its errors must come before those of `random_samples`.
+    check_convertible(model, signature, settings.quantize == "full")
     if samples is None:
         samples = random_samples(model, signature)
     evaluate = settings.evaluate
@@ -287,42 +287,6 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
         if outputs is not None:
             _check_labels(evaluate[1], outputs[0].shape)
     return _Data(signature, samples, calibration, evaluate)
-
-
-def _check_convertible(model: keras.Model, signature: Signature, quantize: str | None) -> None:
-    """Raise ExportError if the model has inputs or layers that the converter cannot convert."""
-    strings = [spec.name for spec in signature.specs if spec.dtype == "string"]
-    if strings and keras.backend.backend() != "tensorflow":
-        raise ExportError(
-            f"Expected numeric inputs on the {keras.backend.backend()} backend. Received: "
-            f"string inputs {strings}, which Keras supports only on the TensorFlow backend. Fix: "
-            "load and export the model with KERAS_BACKEND=tensorflow. Alternatively, export "
-            "keras.Model(tensor, model.outputs), where tensor is the output of the layer that "
-            "reads the strings."
-        )
-    if strings and quantize == "full":
-        raise ExportError(
-            f"Expected numeric inputs for quantize='full'. Received: string inputs {strings}, "
-            "which cannot be quantized. Fix: use quantize='weights'."
-        )
-    loops = [
-        layer.name
-        for layer in _keras.flatten_layers(model)
-        if isinstance(layer, keras.layers.RNN) and not layer.unroll
-    ]
-    if loops and quantize == "full":  # The converter would crash.
-        raise ExportError(
-            "Expected recurrent layers with unroll=True for quantize='full'. Received: the layers "
-            f"{loops}, which run a loop that TensorFlow's converter cannot calibrate. Fix: build "
-            "these layers with unroll=True, or use quantize='weights'."
-        )
-    inputs = getattr(model, "inputs", None) or []
-    ragged = [tensor.name for tensor in inputs if getattr(tensor, "ragged", False)]
-    if ragged:
-        raise ExportError(
-            f"Expected dense inputs. Received: the ragged inputs {ragged}, which a .tflite file "
-            "cannot have. Fix: build the model on padded sequences, with a mask if necessary."
-        )
 
 
 def _compare(

@@ -311,7 +311,7 @@ def test_export_of_a_model_with_string_inputs(tmp_path):
         ValueError, match=r"Expected inputs= for a model with string inputs.*'word'"
     ):
         export_tflite(words(), path)
-    with pytest.raises(ExportError, match="numeric inputs for quantize='full'"):
+    with pytest.raises(ExportError, match="numeric inputs for full int8 quantization"):
         export_tflite(words(), path, quantize="full", representative=x)
     assert list(tmp_path.iterdir()) == []
     report = keras_dst.export_tflite(words(), path, inputs=x)
@@ -692,7 +692,7 @@ DATA = {
 def test_calibrating_a_recurrent_loop_raises(never_converted, tmp_path):
     model = keras.Sequential([keras.Input(batch_shape=(1, 6, 8)), layers.LSTM(4, name="loop")])
     x = np.ones((4, 6, 8), np.float32)
-    with pytest.raises(ExportError, match=r"unroll=True for quantize='full'.*\['loop'\]"):
+    with pytest.raises(ExportError, match=r"unroll=True for full int8 quantization.*\['loop'\]"):
         export_tflite(model, tmp_path / "m.tflite", quantize="full", representative=x)
 
 

@@ -11,7 +11,7 @@ from ai_edge_litert import schema_py_generated as schema
 from keras import layers
 
 import keras_dst
-from keras_dst.export import LintReport
+from keras_dst.export import ExportError, LintReport
 from keras_dst.export.decode import values
 from keras_dst.export.flatbuffer import read, write
 from keras_dst.export.selection import select_formats
@@ -322,6 +322,24 @@ def test_lint_of_a_model_checks_the_exported_file():
     (finding,) = keras_dst.lint(model).findings
     assert (finding.level, finding.rule) == ("advice", "pattern")
     assert "head" in finding.where
+
+
+UNCONVERTIBLE = {
+    "recurrent loop": (lambda: keras.Input((6, 4)), layers.LSTM(3), r"Fix: build .* unroll=True"),
+    "strings": (
+        lambda: keras.Input((1,), dtype="string"),
+        layers.StringLookup(vocabulary=["a"], output_mode="one_hot"),
+        "Expected numeric inputs",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "layer", "message"), UNCONVERTIBLE.values(), ids=UNCONVERTIBLE)
+def test_lint_of_a_model_that_cannot_be_quantized_raises(make, layer, message):
+    """TensorFlow's converter would crash on the recurrent loop."""
+    x = make()
+    with pytest.raises(ExportError, match=message):
+        keras_dst.lint(keras.Model(x, layer(x)), target="micro")
 
 
 def test_the_page_on_lint_lists_every_rule():
