@@ -40,6 +40,8 @@ class InputSpec:
         optional: Whether the model accepts None for the input. Defaults to False.
         present: Whether the exported file has this input. The file lacks optional inputs that the
             samples do not contain. Defaults to True.
+        key: Key of the input in a dict of inputs. The key is the name of the Input layer, and may
+            contain characters that `name` cannot contain. Defaults to "": dicts are not accepted.
     """
 
     name: str
@@ -47,6 +49,7 @@ class InputSpec:
     dtype: str
     optional: bool = False
     present: bool = True
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def _declared_specs(model: keras.Model) -> list[InputSpec] | None:
     if isinstance(model, keras.Sequential):
         (tensor,) = model.inputs
         batch = tensor.shape[0] if _keeps_batch_size(model) else None
-        return [InputSpec(_signature_name(tensor.name), (batch, *tensor.shape[1:]), tensor.dtype)]
+        name, shape = _signature_name(tensor.name), (batch, *tensor.shape[1:])
+        return [InputSpec(name, shape, tensor.dtype, key=tensor.name)]
     # A copied model keeps the names of its Input layers, but not the names of its input tensors.
     layers = [_keras.operation_of(tensor) for tensor in model.inputs]
     names = [_signature_name(layer.name) for layer in layers]
@@ -134,8 +138,10 @@ def _declared_specs(model: keras.Model) -> list[InputSpec] | None:
         names = [f"{name}_{place}" for place, name in enumerate(names)]
     optional = [getattr(layer, "optional", False) for layer in layers]
     return [
-        InputSpec(name, tuple(tensor.shape), tensor.dtype, can_be_none)
-        for name, tensor, can_be_none in zip(names, model.inputs, optional, strict=True)
+        InputSpec(name, tuple(tensor.shape), tensor.dtype, can_be_none, key=layer.name)
+        for name, tensor, can_be_none, layer in zip(
+            names, model.inputs, optional, layers, strict=True
+        )
     ]
 
 
@@ -343,7 +349,7 @@ def _split(batch: Any, count: int | None, argument: str) -> tuple[Any, Any]:
 
     A batch has one of the forms `x`, `(x,)`, `(x, y)` and `(x, y, sample_weight)`.
 
-    For a model with several inputs, a sequence with one array per input is a batch of inputs
+    For a model with several inputs, a flat sequence with one array per input is a batch of inputs
     without labels, as in TensorFlow's converter. Sample weights are ignored, as in the `metrics` of
     `compile`.
     """
@@ -394,7 +400,7 @@ def _match(model: keras.Model, inputs: Any, argument: str) -> Samples:
         arrays = [_array(value, argument) for value in keras.tree.flatten(inputs)]
         samples = Samples(arrays, inputs)
     else:
-        values = _values_in_order(inputs, specs, structure)
+        values = _values_in_order(inputs, specs, structure, argument)
         names = [spec.name for spec in specs]
         if len(values) != len(specs):
             raise ValueError(
@@ -411,19 +417,33 @@ def _match(model: keras.Model, inputs: Any, argument: str) -> Samples:
     return samples
 
 
-def _values_in_order(inputs: Any, specs: list[InputSpec], structure: Any) -> list:
+def _values_in_order(inputs: Any, specs: list[InputSpec], structure: Any, argument: str) -> list:
     """Return the values of ``inputs`` in the order of the model's inputs.
 
-    The keys of a dict are the keys of the model's input structure or the names of its inputs.
+    The keys of a dict are the keys of the model's input structure, the names of the Input layers,
+    or the names of the inputs in the file.
+
+    Raises:
+        ValueError: If the keys of a dict do not fit the model.
     """
     if isinstance(inputs, dict):
-        keys = [spec.name for spec in specs]
+        accepted = [[spec.key for spec in specs], [spec.name for spec in specs]]
         if isinstance(structure, dict) and len(structure) == len(specs):
-            own = keras.tree.flatten({key: key for key in structure})
-            keys = own if set(own) & set(inputs) else keys
-        required = {key for key, spec in zip(keys, specs) if not spec.optional}
-        if required <= set(inputs) and set(keys) & set(inputs):
-            return [inputs.get(key) for key in keys]
+            accepted.insert(0, keras.tree.flatten({key: key for key in structure}))
+        for keys in accepted:
+            required = {key for key, spec in zip(keys, specs) if not spec.optional}
+            if required <= set(inputs) and set(keys) & set(inputs):
+                return [inputs.get(key) for key in keys]
+        if len(specs) > 1:  # The dict must be nested like the inputs of the model.
+            values = dict(keras.tree.flatten_with_path(inputs))
+            numbered = keras.tree.pack_sequence_as(structure, list(range(len(specs))))
+            places = dict(keras.tree.flatten_with_path(numbered))
+            if set(places) != set(values):
+                raise ValueError(
+                    f"Expected a dict with the keys {accepted[0]} in {argument}. Received: a dict "
+                    f"with the keys {list(inputs)}."
+                )
+            return [values[path] for path in sorted(places, key=places.__getitem__)]
     return keras.tree.flatten(inputs)
 
 

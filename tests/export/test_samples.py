@@ -113,6 +113,31 @@ def test_samples_in_every_form_for_two_inputs(make):
     np.testing.assert_array_equal(samples.arrays[1], EXTRA)
 
 
+def test_samples_for_input_names_that_a_file_cannot_contain():
+    x, y = keras.Input((8,), name="b-1"), keras.Input((2,), name="a.1")
+    for inputs in ([x, y], {"b-1": x, "a.1": y}):
+        model = keras.Model(inputs, layers.Dense(3)(x))
+        order = [0, 1] if isinstance(inputs, list) else [1, 0]
+        for data in ({"b-1": X, "a.1": EXTRA}, {"b_1": X, "a_1": EXTRA}):
+            arrays = read_samples(model, data, "inputs").arrays
+            np.testing.assert_array_equal(arrays[order[0]], X)
+            np.testing.assert_array_equal(arrays[order[1]], EXTRA)
+        with pytest.raises(
+            ValueError, match=r"dict with the keys \[.*'b-1'.*\] in inputs.*\['x', 'a.1'\]"
+        ):
+            read_samples(model, {"x": X, "a.1": EXTRA}, "inputs")
+
+
+def test_samples_for_nested_dicts_of_inputs():
+    x, y, z = (keras.Input((size,), name=name) for size, name in ((8, "b"), (2, "a"), (1, "z")))
+    model = keras.Model({"z": z, "c": {"b": x, "a": y}}, layers.Dense(3)(x))
+    data = {"z": Y[:, None], "c": {"a": EXTRA, "b": X}}
+    samples = read_samples(model, data, "inputs")
+    for tensor, array in zip(model.inputs, samples.arrays, strict=True):
+        assert tensor.shape[1:] == array.shape[1:]
+    np.testing.assert_array_equal(samples.packed()["c"]["b"], X)
+
+
 LABELED = {
     "pair": lambda: (X, Y),
     "tf.data": lambda: tf_dataset(X, Y).batch(8),
