@@ -13,6 +13,7 @@ from keras import layers
 
 import keras_dst
 from keras_dst._backend.jit import jit
+from keras_dst._keras import attention_projections_of
 from keras_dst._structure.build import build
 from keras_dst._structure.handlers import KernelLayer
 from keras_dst._structure.plan import Plan
@@ -442,6 +443,42 @@ def test_bidirectional_layers_that_keep_their_channels(arguments, reason):
     kill(model, "one")
     (found,) = keras_dst.shrink_report(model).layers[0].reasons
     assert reason in found
+
+
+@once
+def test_batch_renormalization_loses_dead_channels():
+    norm = layers.BatchNormalization(renorm=True)
+    hidden, head = layers.Dense(6, name="one"), layers.Dense(2, name="two")
+    model = randomize(keras.Sequential([keras.Input((8,)), hidden, norm, head]))
+    kill(model, "one")
+    assert [v.shape for v in check(model, one=3).layers[2].weights] == [(3,)] * 7
+
+
+@once
+@pytest.mark.parametrize("outer", ["attention", "wrapper"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda layer: layer.quantize("int8"), "is quantized"),
+        (lambda layer: layer.enable_lora(2), "has LoRA"),
+    ],
+    ids=["quantize", "lora"],
+)
+def test_layers_around_a_quantized_layer_or_lora_keep_their_channels(outer, change, reason):
+    inputs = keras.Input((8, 4))
+    x = layers.Dense(6, name="one")(inputs)
+    if outer == "attention":
+        layer = layers.MultiHeadAttention(2, 3, name="outer")
+        model = keras.Model(inputs, layer(x, x))
+        inner = attention_projections_of(layer)["query"]
+    else:
+        layer = layers.TimeDistributed(layers.Dense(3), name="outer")
+        model = keras.Model(inputs, layer(x))
+        inner = layer.layer
+    change(inner)
+    kill(model, "one")
+    (found,) = keras_dst.shrink_report(model).layers[0].reasons
+    assert found.startswith(f"'outer' {reason}")
 
 
 @once

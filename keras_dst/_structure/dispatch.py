@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_dst import _keras
 from keras_dst._structure.graph import Call
 from keras_dst._structure.handlers import (
     DEPTHWISE,
@@ -137,9 +138,11 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
         return Opaque(call, f"is called with training=True; {NOT_READ}")
     if (len(call.outputs) != 1 and handler is not Split) or not call.inputs:
         return Opaque(call, f"has more than one output; {NOT_READ}")
-    if getattr(op, "quantization_mode", None):
+    # Wrappers and attention layers contain other layers.
+    inside = _keras.flatten_layers(op) if isinstance(op, keras.Layer) else []
+    if any(getattr(layer, "quantization_mode", None) for layer in inside):
         return Opaque(call, "is quantized; quantize after shrink instead")
-    if getattr(op, "lora_enabled", False):
+    if any(getattr(layer, "lora_enabled", False) for layer in inside):
         return Opaque(call, "has LoRA; merge it with save_weights, and load_weights without LoRA")
     y = call.outputs[0]
     if len({len(x.shape) for x in call.inputs}) == 1:

@@ -238,9 +238,13 @@ class BatchNorm(Normalization):
         self.y.constant = np.where(scale == 0, 0.0, centered * scale) + offset
 
     def members(self) -> list[Member]:
-        axes = {-1: self.x.ids}
-        mean = Member(self.op.moving_mean, axes, follows=True)
-        return [*super().members(), mean, Member(self.op.moving_variance, axes)]
+        op, axes = self.op, {-1: self.x.ids}
+        means, variances = [op.moving_mean], [op.moving_variance]
+        if getattr(op, "renorm", False):
+            means.append(op.renorm_mean)
+            variances += [op.moving_stddev, op.renorm_stddev]
+        found = [*super().members(), *(Member(mean, axes, follows=True) for mean in means)]
+        return [*found, *(Member(variance, axes) for variance in variances)]
 
 
 class Rescale(PerChannel):
