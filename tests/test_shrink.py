@@ -482,6 +482,21 @@ def test_layers_around_a_quantized_layer_or_lora_keep_their_channels(outer, chan
 
 
 @once
+def test_layers_that_are_called_with_inputs_by_name_lose_channels():
+    inputs = keras.Input((8, 4))
+    x = layers.Dense(6, name="one")(inputs)
+    y = layers.Dense(6, name="two")(inputs)
+    norm = layers.LayerNormalization()
+    x = norm(inputs=x)
+    for arguments in ({"query": x, "value": y}, {"value": y, "key": x, "query": y}):
+        x = layers.MultiHeadAttention(2, 3)(**arguments)
+    model = randomize(keras.Model(inputs, x))
+    kill(model, "one", "two", bias=True)
+    norm.set_weights([w * [1, 1, 1, 0, 0, 0] for w in norm.get_weights()])
+    check(model, one=3, two=3)
+
+
+@once
 def test_shrink_shared_layers_and_several_outputs():
     one, two = keras.Input((8,)), keras.Input((8,))
     shared, norm = layers.Dense(6, "relu", name="shared"), layers.BatchNormalization()

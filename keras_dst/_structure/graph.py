@@ -170,6 +170,7 @@ def _flatten(
             if id(op) not in dense:
                 dense[id(op)] = dense_copy(op)
                 originals.update(original_variables(op, dense[id(op)]))
+            args, kwargs = _inputs_by_position(dense[id(op)], args, kwargs)
             masked = any(x.masked for x in given)
             outputs = [
                 Tensor(tuple(x.shape), x.dtype, masked=masked or _keras.mask_of(x) is not None)
@@ -178,6 +179,17 @@ def _flatten(
             calls.append(Call(dense[id(op)], args, kwargs, outputs, prefix))
         tensors.update((id(x), y) for x, y in zip(node.outputs, outputs))
     return [tensors[id(x)] for x in graph.outputs]
+
+
+def _inputs_by_position(op, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Return the arguments of a call, with the inputs passed by position instead of by name."""
+    kwargs = dict(kwargs)
+    for name, parameter in list(inspect.signature(op.call).parameters.items())[len(args) :]:
+        by_position = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if not by_position or _is_mask(name) or not _tensors(kwargs.get(name)):
+            break
+        args = (*args, kwargs.pop(name))
+    return args, kwargs
 
 
 def _is_nested_graph(op) -> bool:

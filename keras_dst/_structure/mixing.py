@@ -120,9 +120,8 @@ class Attention(ChannelHandler):
     def __init__(self, call, reason: str = ""):
         super().__init__(call, reason)
         self.projections = _keras.attention_projections_of(self.op)
-        args = (*call.args, *(() if len(call.args) > 1 else (call.kwargs["value"],)))
-        query, value = args[:2]
-        key = args[2] if len(args) > 2 else call.kwargs.get("key")
+        query, value, *others = call.args
+        key = others[0] if others else None
         self.given = {"query": query, "key": value if key is None else key, "value": value}
         self.heads = self.projections["value"].kernel.shape[1]
         # In grouped-query attention, several query heads share one head of keys and values.
