@@ -497,6 +497,14 @@ def test_layers_that_are_called_with_inputs_by_name_lose_channels():
 
 
 @once
+def test_rms_normalization_loses_zero_channels():
+    hidden, head = layers.Dense(6, name="one"), layers.Dense(2, name="two")
+    model = keras.Sequential([keras.Input((8,)), hidden, layers.RMSNormalization(), head])
+    kill(randomize(model), "one", bias=True)
+    check(model, one=3)
+
+
+@once
 def test_shrink_shared_layers_and_several_outputs():
     one, two = keras.Input((8,)), keras.Input((8,))
     shared, norm = layers.Dense(6, "relu", name="shared"), layers.BatchNormalization()
@@ -642,8 +650,7 @@ class TestReport:
         softmax += "elementwise activation"
         custom = "'own' is a custom layer, whose code shrink cannot read; use layers of Keras "
         custom += "instead"
-        norm = "'norm' normalizes over channels, and the channel is not zero; set its bias to zero "
-        norm += "too"
+        norm = "'norm' normalizes over channels; set the channel's bias, gamma and beta to zero"
         assert found == {
             "one": {f"'depthwise' {border}": 3},
             "depthwise": {},

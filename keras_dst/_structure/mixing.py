@@ -47,7 +47,9 @@ class LayerNorm(Normalization):
         return y[tuple(slice(int(kept.sum()) if a == axis else None) for a in range(rank))]
 
     def reason_for(self, others: str) -> str:
-        return "normalizes over channels, and the channel is not zero; set its bias to zero too"
+        if not self.op.scale:
+            return "normalizes over channels, and has no gamma that could be zero; set scale=True"
+        return "normalizes over channels; set the channel's bias, gamma and beta to zero"
 
 
 class RMSNorm(LayerNorm):
@@ -59,6 +61,9 @@ class RMSNorm(LayerNorm):
 
     def members(self) -> list[Member]:
         return [Member(self.op.scale, {-1: self.x.ids}, follows=True)]
+
+    def _varies(self) -> np.ndarray:
+        return self.x.constant != 0
 
     def ignores_input(self) -> np.ndarray:
         return to_float64(self.op.scale) == 0
@@ -73,6 +78,9 @@ class RMSNorm(LayerNorm):
 
     def apply(self, operation, args: tuple, kwargs: dict, removed: np.ndarray):
         return operation(*args, **kwargs)
+
+    def reason_for(self, others: str) -> str:
+        return "normalizes over channels, and the channel is not zero; set its bias to zero too"
 
 
 class GroupNorm(Normalization):
