@@ -505,6 +505,19 @@ def test_rms_normalization_loses_zero_channels():
 
 
 @once
+def test_a_branch_is_removed_from_a_model_that_already_lost_a_branch():
+    inputs = keras.Input((8,))
+    x = layers.Add(name="sum")([layers.Dense(4, name=name)(inputs) for name in "abc"])
+    model = randomize(keras.Model(inputs, layers.Dense(3)(x)))
+    for name in "bc":
+        kill(model, name, count=4)
+        small = keras_dst.shrink(model)
+        assert_same_outputs(model, small)
+        model = small
+    assert [layer.name for layer in model.layers[2:4]] == ["again_sum_constant", "sum_constant"]
+
+
+@once
 def test_shrink_shared_layers_and_several_outputs():
     one, two = keras.Input((8,)), keras.Input((8,))
     shared, norm = layers.Dense(6, "relu", name="shared"), layers.BatchNormalization()

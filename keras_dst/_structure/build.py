@@ -65,7 +65,7 @@ class _Builder:
         constants = handler.sum_of_constants(self.plan.removed)
         if not constants.any():
             return tensor
-        name, dtype = f"{self.plan.names[id(handler.op)]}_constant", handler.y.dtype
+        name, dtype = self.plan.names[id(handler)], handler.y.dtype
         return layers.Rescaling(1.0, constants.tolist(), name=name, dtype=dtype)(tensor)
 
     def _apply(self, handler: ChannelHandler, args: tuple, kwargs: dict):

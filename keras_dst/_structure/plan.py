@@ -24,7 +24,9 @@ class Plan:
     Attributes:
         all_handlers: List with one layer handler for each call of an operation, in call order.
         handlers: Layer handlers of the calls that the outputs of the smaller model depend on.
-        names: Dict that maps the id of each operation to its name in the smaller model.
+        names: Dict that maps the id of each operation to its name in the smaller model. The dict
+            also maps the id of each `Addition` with constant inputs to the name of the layer that
+            adds the constants.
         tied: Operations that share a weight. The dict maps the id of each operation to a phrase,
             such as "shares a weight with 'dense'".
         originals: Dict that maps the id of each variable of a dense copy to the corresponding
@@ -89,13 +91,20 @@ class Plan:
     def _unique_names(self) -> dict[int, str]:
         taken = {_keras.operation_of(x).name for x in self.graph.inputs}
         names: dict[int, str] = {}
+
+        def add(key: int, name: str, prefix: str) -> None:
+            while name in taken:
+                name = (prefix or "again_") + name
+            taken.add(name)
+            names[key] = name
+
         for handler in self.handlers:
             if id(handler.op) not in names:
-                name = handler.op.name
-                while name in taken:
-                    name = (handler.call.prefix or "again_") + name
-                taken.add(name)
-                names[id(handler.op)] = name
+                add(id(handler.op), handler.op.name, handler.call.prefix)
+        for handler in self.handlers:
+            if handler.call.constant_terms:
+                name = f"{names[id(handler.op)]}_constant"
+                add(id(handler), name, handler.call.prefix)
         return names
 
     def _couple_channels(self) -> np.ndarray:
