@@ -518,6 +518,19 @@ def test_a_branch_is_removed_from_a_model_that_already_lost_a_branch():
 
 
 @once
+def test_slices_keep_their_names(tmp_path):
+    inputs = keras.Input((8,))
+    x = layers.Dense(6, name="one")(inputs)
+    keras.backend.clear_session()
+    x = layers.Concatenate()([x[:, ::2], x[:, :4]])
+    keras.Model(inputs, x).save(tmp_path / "model.keras")
+    keras.backend.clear_session()
+    model = keras.models.load_model(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="nothing to remove"):
+        assert_same_outputs(model, keras_dst.shrink(model))
+
+
+@once
 def test_shrink_shared_layers_and_several_outputs():
     one, two = keras.Input((8,)), keras.Input((8,))
     shared, norm = layers.Dense(6, "relu", name="shared"), layers.BatchNormalization()

@@ -50,7 +50,7 @@ class Slice(ChannelHandler):
         start, stop, _ = self.entries[axis].indices(len(kept))
         key = list(self.entries)
         key[axis] = slice(int(kept[:start].sum()), int(kept[:stop].sum()))
-        return x[tuple(key)]
+        return operation(x, tuple(key))
 
 
 def full_key(call: Call) -> list | None:
