@@ -178,6 +178,24 @@ def test_a_custom_loop_gives_the_channel_masks_of_fit(allocation):
         np.testing.assert_allclose(array(a), array(b), rtol=1e-4, atol=1e-6, err_msg=a.path)
 
 
+def test_a_second_call_of_couple_channels_keeps_the_outputs_with_a_frozen_normalization():
+    keras.utils.set_random_seed(0)
+    frozen = layers.BatchNormalization(
+        trainable=False, beta_initializer="ones", moving_mean_initializer="ones"
+    )
+    inner = [layers.Flatten(), layers.Dense(8, name="hidden"), frozen, layers.Dense(5)]
+    model = keras.Sequential([keras.Input((8, 8, 3)), *inner])
+    method = methods.Magnitude(Cubic(0.5, begin_step=0, end_step=4), "uniform", "channel")
+    compiled(method, model)
+    keras_dst.couple_channels(model)
+    fit(model)
+    before = array(model(X))
+    keras_dst.couple_channels(model)
+    assert units(model, "hidden").sum() == 4
+    np.testing.assert_array_equal(array(model(X)), before)
+    assert keras_dst.shrink(keras_dst.strip(model)).get_layer("hidden").units == 4
+
+
 def continued_after_loading(model, tmp_path):
     """Continue to train a model and a loaded copy, check that both models are equal, and return the
     copy."""

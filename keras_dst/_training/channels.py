@@ -28,7 +28,8 @@ class Coupling(NamedTuple):
         layouts: List of the input axes, output axes and channels of each weight.
         followers: Trainable variables that are pruned together with the channels: biases, and
             scales and offsets of normalization layers.
-        statistics: Moving means of batch normalizations, which are also pruned with the channels.
+        statistics: Other variables that are pruned together with the channels: moving means of
+            batch normalizations, and variables of frozen layers.
     """
 
     layouts: list[Layout]

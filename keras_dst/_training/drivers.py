@@ -79,7 +79,8 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
     `SparseTraining` calls this function before the first step. Without a call of `couple_channels`,
     the optimizer ranks the channels of each layer separately. Call `couple_channels` again after
     the last step, to set the moving means of removed channels to 0. On JAX, the optimizer step
-    itself cannot set the moving means of BatchNormalization layers.
+    itself cannot set the moving means of BatchNormalization layers. `couple_channels` does not
+    change frozen layers, because the other weights were trained with the values of these layers.
 
     The optimizer does not save which channels are pruned together, so call `couple_channels` again
     after the model is loaded.
@@ -104,8 +105,16 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
         with placed_like(model.trainable_variables[0]):
             optimizer.build(model.trainable_variables)
     optimizers = _built_sparse_optimizers(model) if optimizer is None else [optimizer]
+    trained = {
+        id(variable)
+        for layer in _keras.flatten_layers(model)
+        if layer.trainable
+        for variable in _keras.non_trainable_variables_of(layer)
+    }
     for each in optimizers:
-        OptimizerDriver(model, each, _couple_optimizer(model, each)).mask_followers()
+        driver = OptimizerDriver(model, each, _couple_optimizer(model, each))
+        driver.followers = [follower for follower in driver.followers if id(follower[0]) in trained]
+        driver.mask_followers()
 
 
 def _couple_optimizer(model, optimizer: SparseOptimizer) -> Coupling:

@@ -10,7 +10,7 @@ import keras
 
 from keras_dst._structure import shrink
 from keras_dst._structure.graph import check_graph
-from keras_dst._training.drivers import couple_channels
+from keras_dst._training.drivers import drivers_of
 from keras_dst._utils.validation import check_integer, is_number
 from keras_dst.export.convert import conversions
 from keras_dst.export.measure import latencies
@@ -156,7 +156,8 @@ def _without_channels(model: keras.Model, method: Magnitude) -> keras.Model:
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     optimizer = SparseOptimizer("sgd", method)
-    couple_channels(copy, optimizer)
+    copy.compile(optimizer)
+    (driver,) = drivers_of(copy)
     optimizer.apply_initial_masks()
-    couple_channels(copy, optimizer)  # Set the moving means of pruned channels to 0.
+    driver.mask_followers()  # Set the moving means of pruned channels to 0.
     return shrink(copy)
