@@ -143,6 +143,39 @@ def test_groups_name_layers_inside_a_custom_layer_of_a_functional_model():
         fit(compiled(method, model), SparseTraining())
 
 
+class Recurrent(keras.Model):
+    """Model with its own `call` method, whose named layers keep their weights in inner layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = layers.TimeDistributed(layers.Dense(8, "relu"), name="embed")
+        self.rnn = layers.GRU(6, name="rnn")
+        self.classes = layers.Dense(5, name="classes")
+
+    def call(self, x):
+        return self.classes(self.rnn(self.embed(ops.mean(x, 1))))
+
+
+def test_groups_name_recurrent_and_wrapped_layers():
+    keras.utils.set_random_seed(0)
+    model = Recurrent()
+    model(X)
+    # Biases are 0 at first. Nonzero biases show which of their entries are pruned.
+    model.rnn.cell.bias.assign(np.ones((2, 18)))
+    groups = [["embed"], ["rnn"]]
+    method = methods.Magnitude(Constant(0.5, begin_step=0), "uniform", "channel", groups=groups)
+    optimizer = keras_dst.SparseOptimizer("sgd", method)
+    keras_dst.couple_channels(model, optimizer)
+    optimizer.apply_initial_masks()
+    assert array(model.embed.layer.kernel).any(0).sum() == 4
+    cell = model.rnn.cell
+    # All gates of a unit are pruned together.
+    gates = [array(w).reshape(-1, 3, 6).any((0, 1)) for w in cell.weights]
+    assert gates[0].sum() == 3
+    for found, weight in zip(gates, cell.weights):
+        np.testing.assert_array_equal(found, gates[0], weight.path)
+
+
 @every(0)
 @pytest.mark.parametrize(
     ("groups", "message"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_dst import _keras
@@ -18,6 +19,15 @@ from keras_dst.methods.base import Method
 
 # Names of variables whose entries are set to zero when channels of their layer are pruned.
 _FOLLOWERS = ("bias", "beta", "gamma", "scale", "moving_mean")
+
+# Recurrent cells whose weights hold one column per gate and unit: all units of the first gate, then
+# all units of the second gate, and so on.
+_CELLS = (
+    keras.layers.SimpleRNNCell,
+    keras.layers.LSTMCell,
+    keras.layers.GRUCell,
+    _keras.ConvLSTMCell,
+)
 
 
 def with_named_groups(
@@ -50,7 +60,7 @@ def with_named_groups(
                     "Remove the weight or its layer from groups."
                 )
             known.add(id(member.variable))
-        widths = {m.variable.path: m.variable.shape[axis] for m in found for axis in m.axes}
+        widths = {m.variable.path: int(i.max()) + 1 for m in found for i in m.axes.values()}
         if len(set(widths.values())) > 1:
             raise ValueError(
                 f"groups: expected the same number of channels in all weights of {list(names)}. "
@@ -64,7 +74,7 @@ def with_named_groups(
             )
         ids = np.arange(count, count + next(iter(widths.values())))
         count += len(ids)
-        found = [replace(member, axes=dict.fromkeys(member.axes, ids)) for member in found]
+        found = [replace(m, axes={axis: ids[i] for axis, i in m.axes.items()}) for m in found]
         layers = list(dict.fromkeys(member.layer for member in found if member.output))
         members += found
         groups.append(ChannelGroup(ids, found, layers, chain="", reason=""))
@@ -74,8 +84,7 @@ def with_named_groups(
 def _members(
     entry: str | tuple[str, int], model, method: Method, layouts: dict[int, Layout]
 ) -> Iterator[Member]:
-    """Yield the variables that an entry of `groups` selects. The channel ids of these variables are
-    not set yet."""
+    """Yield the variables that an entry of `groups` selects. Their channel ids begin at 0."""
     name: str = entry if isinstance(entry, str) else entry[0]
     axis: int | None = None if isinstance(entry, str) else entry[1]
     owned = {
@@ -83,7 +92,8 @@ def _members(
         for layer in _keras.flatten_layers(model)
         for variable in _own_variables(layer)
     }
-    names = [(v.path, *filter(None, (layer.path, layer.name))) for v, layer in owned.values()]
+    names_of = _names_of_layers(model, {id(layer) for _, layer in owned.values()})
+    names = [(variable.path, *names_of[id(layer)]) for variable, layer in owned.values()]
     chosen = select(list(owned), name, names, "groups")
     for (variable, layer), selected in zip(owned.values(), chosen):
         if not selected:
@@ -91,15 +101,45 @@ def _members(
         rank = len(variable.shape)
         if id(variable) in layouts:
             own = _output_axis(variable, layouts[id(variable)], axis)
-            yield Member(variable, {own: np.zeros(0)}, output=own, layer=layer.name)
+            axes = {own: _channels_along(variable, own, layer)}
+            yield Member(variable, axes, output=own, layer=layer.name)
         elif variable.name in _FOLLOWERS:
             own = axis if axis is not None and -rank <= axis < 0 else -1
-            yield Member(variable, {own: np.zeros(0)}, follows=True, layer=layer.name)
+            axes = {own: _channels_along(variable, own, layer)}
+            yield Member(variable, axes, follows=True, layer=layer.name)
         elif is_kernel(variable):
             raise ValueError(
                 f"groups: {method!r} does not prune {variable.path}. Select the layer with the "
                 "filters of sparsify, or remove the layer from groups."
             )
+
+
+def _names_of_layers(model, owners: set[int]) -> dict[int, list[str]]:
+    """Return the names and paths that select each layer, as a dict whose keys are layer ids.
+
+    If an outer layer contains only one layer with variables, the name and the path of the outer
+    layer also select this layer. Examples of such outer layers are `LSTM` and `TimeDistributed`.
+
+    Args:
+        model: Model that holds the layers.
+        owners: Ids of the layers that have variables.
+    """
+    names: dict[int, list[str]] = {owner: [] for owner in owners}
+    for layer in _keras.flatten_layers(model):
+        inside = owners & set(map(id, _keras.flatten_layers(layer)))
+        for owner in inside if len(inside) == 1 else inside & {id(layer)}:
+            names[owner] += filter(None, (layer.path, layer.name))
+    return names
+
+
+def _channels_along(variable, axis: int, layer) -> np.ndarray:
+    """Return the channel of each entry along an axis of a variable. All gates of a unit in a
+    recurrent cell are one channel."""
+    size = variable.shape[axis]
+    if not isinstance(layer, _CELLS) or axis != -1:
+        return np.arange(size)
+    units = layer.filters if isinstance(layer, _keras.ConvLSTMCell) else layer.units
+    return np.tile(np.arange(units), size // units)
 
 
 def _own_variables(layer) -> Iterator[Any]:

@@ -67,8 +67,9 @@ class Magnitude(UpdateMethod):
         groups: Layers whose channels are removed together, for `pattern="channel"` and a model with
             its own `call` method. Each group is a list of layers. A layer is given by its name, by
             its path, or by a pair: the path of one of its weights, and the channel axis of this
-            weight. Channels in no group are never pruned. Defaults to None, in which case the
-            groups of layers are found in the graph of the model.
+            weight. List the inner layers of an attention layer instead of the attention layer.
+            Channels in no group are never pruned. Defaults to None, in which case the groups of
+            layers are found in the graph of the model.
 
     Raises:
         ValueError: If an argument is outside its range, or if `score="taylor"` is combined with a
