@@ -221,6 +221,23 @@ def test_sensitivity_with_two_outputs_and_a_shared_weight(data):
     assert a.values == (found.baseline,) != b.values
 
 
+def test_every_evaluation_starts_from_the_same_recurrent_states():
+    keras.utils.set_random_seed(0)
+    inner = [layers.SimpleRNN(3, stateful=True), layers.Dense(1)]
+    model = keras.Sequential([keras.Input((2, 4), batch_size=4), *inner])
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).standard_normal((4, 2, 4)).astype("float32")
+    y = np.ones((4, 1))
+    state = model.layers[0].states[0]
+    state.assign(np.ones((4, 3)))
+    # Pruning to a sparsity of 0.001 changes no weight.
+    found = keras_dst.sensitivity(model, (x, y), (0.001,), verbose=0)
+    np.testing.assert_array_equal(ops.convert_to_numpy(state), np.ones((4, 3)))
+    assert [row.values for row in found.weights] == [(found.baseline,)] * 3
+    model.layers[0].reset_state()
+    assert model.evaluate(x, y, verbose=0) == found.baseline
+
+
 @once
 def test_sensitivity_skips_frozen_weights(data):
     model = net()

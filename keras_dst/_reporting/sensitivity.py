@@ -18,6 +18,7 @@ from keras_dst._backend.jit import jit
 from keras_dst._reporting.tables import as_table, format_percent
 from keras_dst._training.metrics import direction_of_metric
 from keras_dst._utils.filters import Filters, is_prunable, select
+from keras_dst._utils.states import reset_states
 from keras_dst.allocation import equal_drop
 from keras_dst.layers.base import SparseMixin
 from keras_dst.layers.classes import layouts_of
@@ -158,8 +159,9 @@ def sensitivity(
 
     Each prunable weight is pruned by magnitude to each of the sparsities, and the model is
     evaluated. All other weights keep their values. The model may be dense, sparse or stripped.
-    Weights that are already zero count as pruned. At the end, all weights are restored, also after
-    an error or an interrupt. Frozen weights are measured only if they have a mask.
+    Weights that are already zero count as pruned. Frozen weights are measured only if they have a
+    mask. Before each evaluation, the states of stateful recurrent layers are set to zero. At the
+    end, all weights and states are restored, also after an error or an interrupt.
 
     Args:
         model: A built and compiled Keras 3 model.
@@ -351,4 +353,5 @@ def _metric(model, results: Mapping[str, float], metric: str | None) -> tuple[st
 
 def _evaluate(model, data) -> dict[str, float]:
     named = dict(zip(("x", "y", "sample_weight"), data)) if isinstance(data, tuple) else {"x": data}
-    return model.evaluate(**named, verbose=0, return_dict=True)
+    with reset_states(model):
+        return model.evaluate(**named, verbose=0, return_dict=True)

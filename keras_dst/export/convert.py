@@ -31,6 +31,7 @@ import keras
 import numpy as np
 
 from keras_dst import _keras
+from keras_dst._utils.states import reset_states
 from keras_dst.export.origins import layer_at, layer_names
 from keras_dst.export.report import ExportError
 from keras_dst.export.samples import (
@@ -41,7 +42,6 @@ from keras_dst.export.samples import (
     signature_of,
     symbolic_inputs,
 )
-from keras_dst.export.states import reset_states
 from keras_dst.surgery import has_sparse_layers, strip
 
 # Maps a part of the converter's error message to the fix that our error message suggests.

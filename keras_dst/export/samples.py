@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_dst import _keras
 from keras_dst._utils.open_sizes import OPEN_SIZE, accepted_size
-from keras_dst.export.states import reset_states
+from keras_dst._utils.states import reset_states
 
 #: Maximum number of samples on which a file is compared with the model.
 MAX_SAMPLES = 32

@@ -10,9 +10,9 @@ import keras
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+from keras_dst._utils.states import reset_states
 from keras_dst.export.quantize import to_int8
 from keras_dst.export.samples import BATCH, Samples, Signature, read_samples
-from keras_dst.export.states import reset_states
 
 #: Each file is run with XNNPACK, the default of LiteRT, and without XNNPACK. Some files give wrong
 #: results only with XNNPACK, and other files only without XNNPACK.

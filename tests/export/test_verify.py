@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+from keras_dst._utils.states import reset_states
 from keras_dst.export.encode import Format, encode, weights
 from keras_dst.export.flatbuffer import read
 from keras_dst.export.samples import (
@@ -16,7 +17,6 @@ from keras_dst.export.samples import (
     read_samples,
     signature_of,
 )
-from keras_dst.export.states import reset_states
 from keras_dst.export.verify import Case, deviation, keras_cases, predictor
 
 from . import graphs

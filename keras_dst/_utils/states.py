@@ -1,4 +1,4 @@
-"""Reset the states of recurrent layers during an export."""
+"""Reset the states of recurrent layers while a model is exported or evaluated."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ def reset_states(model: keras.Model) -> Iterator[None]:
     A ``.tflite`` file starts from zero states, so the Keras model must also start from zero states
     in a comparison. The function also restores all other variables that a call of the model can
     change.
+
+    Args:
+        model: A built Keras model.
     """
     recurrent = [
         layer
