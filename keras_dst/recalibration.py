@@ -42,7 +42,8 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
     Raises:
         TypeError: If `model` is not a Keras 3 model, or if `data` has an unsupported type.
         ValueError: If the model has no trainable BatchNormalization layer, if a BatchNormalization
-            layer has `renorm=True`, or if the data contain no batch.
+            layer has `renorm=True`, or if the data contain no batch. A ValueError is also raised if
+            the data are an endless `PyDataset` and `steps` is None.
 
     Example:
         >>> keras_dst.recalibrate(keras_dst.shrink(model), x_train)
@@ -52,6 +53,11 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
     if steps is not None:
         check_integer(steps, "steps")
     layers = _normalizations(model)
+    if isinstance(data, keras.utils.PyDataset) and data.num_batches is None and steps is None:
+        raise ValueError(
+            "Expected the argument steps, because the PyDataset is endless. Received: a PyDataset "
+            "with num_batches=None, and steps=None. Fix: pass the number of batches as steps."
+        )
     batches = itertools.islice(_batches(data, batch_size), steps)
     before = [(v, np.array(v.numpy())) for layer in layers for v in _statistics(layer)]
     seen = 0
@@ -64,9 +70,13 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
                 model(batch, training=False)
                 seen += 1
         if not seen:
+            fix = (
+                "create a new generator, because a generator can be read only once"
+                if isinstance(data, Iterator)
+                else "pass data with at least one batch"
+            )
             raise ValueError(
-                "Expected at least one batch of data. Received: data without batches. Fix: create "
-                "a new generator, because a generator can be read only once."
+                f"Expected at least one batch of data. Received: data without batches. Fix: {fix}."
             )
     except BaseException:
         for variable, value in before:
@@ -144,7 +154,9 @@ def _batches(data, batch_size: int) -> Iterator[Any]:
     if isinstance(data, tuple):
         data = data[0]
     if isinstance(data, keras.utils.PyDataset):
-        yield from (_inputs(data[i]) for i in range(data.num_batches or 0))
+        endless = data.num_batches is None
+        indices = itertools.count() if endless else range(data.num_batches)
+        yield from (_inputs(data[i]) for i in indices)
     elif _is_array(data) or (
         isinstance(data, (list, Mapping)) and data and all(map(_is_array, keras.tree.flatten(data)))
     ):

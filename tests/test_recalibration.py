@@ -65,6 +65,17 @@ def test_steps_limit_an_endless_generator():
     np.testing.assert_allclose(model.layers[1].moving_mean.numpy(), x[:4].mean(0), rtol=1e-5)
 
 
+def test_steps_limit_an_endless_data_set():
+    class Endless(Batches):
+        num_batches = None
+
+    model = network()
+    keras_dst.recalibrate(model, Endless(), steps=2)
+    np.testing.assert_allclose(model.layers[1].moving_mean.numpy(), x[:8].mean(0), rtol=1e-5)
+    with pytest.raises(ValueError, match="num_batches=None, and steps=None"):
+        keras_dst.recalibrate(model, Endless())
+
+
 def test_a_shared_layer_averages_all_its_calls():
     inputs = [keras.Input((4,)), keras.Input((4,))]
     layer = keras.layers.BatchNormalization()
@@ -98,8 +109,10 @@ def test_an_error_restores_the_statistics():
 
 def test_invalid_arguments_raise():
     model = network()
-    with pytest.raises(ValueError, match="Expected at least one batch of data"):
+    with pytest.raises(ValueError, match=r"Expected at least one batch of data.*new generator"):
         keras_dst.recalibrate(model, iter(()))
+    with pytest.raises(ValueError, match="Fix: pass data with at least one batch"):
+        keras_dst.recalibrate(model, x[:0])
     with pytest.raises(TypeError, match="Expected data as an array"):
         keras_dst.recalibrate(model, 3)
     with pytest.raises(ValueError, match="steps must be a whole number >= 1"):
