@@ -154,9 +154,8 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
             "Expected a method, such as keras_dst.methods.Magnitude(0.9). "
             f"Received: {describe(method)}"
         )
-    if any(isinstance(x, SparseMixin) for x in _keras.flatten_layers(model)) or (
-        isinstance(method, UpdateMethod) and any(map(sparse_optimizers, optimizers_of(model)))
-    ):
+    sparse_layers = any(isinstance(x, SparseMixin) for x in _keras.flatten_layers(model))
+    if sparse_layers or any(map(sparse_optimizers, optimizers_of(model))):
         raise ValueError("The model is already sparse. Call keras_dst.strip(model) first.")
     if isinstance(method, UpdateMethod):
         return _sparsify_optimizer(model, method, filters)

@@ -579,15 +579,15 @@ def test_the_optimizer_skips_weights_without_the_pattern_axes():
     assert zeros_of(model)[model.layers[3].kernel.path] == 0
 
 
-def test_the_optimizer_is_wrapped_once():
+@pytest.mark.parametrize("first", [Magnitude(0.5), DST()])
+@pytest.mark.parametrize("second", [Magnitude(0.5), DST()])
+def test_a_sparse_model_is_not_made_sparse_again(first, second):
     model = models.compiled(models.residual())
-    keras_dst.sparsify(model, Magnitude(0.5))
+    keras_dst.sparsify(model, first)
     with pytest.raises(ValueError, match="already sparse"):
-        keras_dst.sparsify(model, Magnitude(0.5))
+        keras_dst.sparsify(model, second)
     keras_dst.strip(model)
-    keras_dst.sparsify(model, DST())
-    with pytest.raises(ValueError, match="already sparse"):
-        keras_dst.sparsify(model, Magnitude(0.5))
+    keras_dst.sparsify(model, second)
 
 
 @once
