@@ -681,14 +681,15 @@ WRAPPED = {
 }
 
 
-def file_of(path, layer=WRAPPED, kernel=KERNEL, before=()):
+def file_of(path, layer=WRAPPED, kernel=KERNEL, before=(), weights=None):
     """Write an .h5 file of a model in the format of tf_keras.
 
-    Only `layer` has weights. The layers in `before` come before `layer`.
+    Only `layer` has weights. The layers in `before` come before `layer`. `weights` are the weights
+    of a pruned Dense layer by default.
     """
     inputs = {"class_name": "InputLayer", "config": {"name": "i", "batch_input_shape": [None, 3]}}
     config = {"name": "m", "layers": [inputs, *before, layer]}
-    weights = {
+    weights = weights or {
         "d/kernel:0": kernel,
         "d/bias:0": np.array([5, 6], "float32"),
         "prune_low_magnitude_d/mask:0": (KERNEL != 0).astype("float32"),
@@ -764,6 +765,18 @@ def test_load_converts_layers_whose_arguments_keras_3_has_renamed_or_removed(tmp
     x = np.array([[-2, 1, 0]], "float32")
     # LeakyReLU(0.5) turns -2 into -1.
     np.testing.assert_array_equal(model.predict(x, verbose=0), [[4, 4]])
+
+
+@every(1)
+def test_load_restores_an_adapted_normalization_layer(tmp_path):
+    layer = {"class_name": "Normalization", "config": {"name": "d", "axis": [-1]}}
+    weights = {
+        "d/mean:0": np.array([1, 2, 3], "float32"),
+        "d/variance:0": np.array([1, 4, 0.25], "float32"),
+        "d/count:0": np.int64(9),
+    }
+    model = tfmot.load(file_of(tmp_path / "dense.h5", layer, weights=weights))
+    np.testing.assert_allclose(model.predict(np.ones((1, 3)), verbose=0), [[0, -0.5, -4]])
 
 
 @once

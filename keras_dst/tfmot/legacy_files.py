@@ -309,6 +309,9 @@ def _assign_weights(model, entries: list[dict], file_format, root) -> Iterator[W
             )
         for variable, array in zip(variables, arrays):
             variable.assign(array)
+        for inner in _keras.flatten_layers(layer):
+            if isinstance(inner, keras.layers.Normalization):
+                inner.finalize_state()  # Compute `mean` and `variance` from the assigned weights.
         if entry["class_name"] == _WRAPPER:
             masks, step = file_format.state(stored, entry)
             yield Wrapper(layer.name, entry["config"], masks, step)
