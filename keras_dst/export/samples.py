@@ -146,8 +146,9 @@ def _declared_specs(model: keras.Model) -> list[InputSpec] | None:
 
 
 def _signature_name(name: str) -> str:
-    """Convert the name of an input to the form that TensorFlow stores in a signature."""
-    return re.sub(r"\W", "_", name)
+    """Convert the name of an input to a name that TensorFlow accepts in a signature."""
+    name = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return f"input_{name}" if name.startswith("_") or name == "self" else name
 
 
 def _keeps_batch_size(model: keras.Sequential) -> bool:

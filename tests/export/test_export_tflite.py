@@ -292,10 +292,11 @@ def test_a_sparse_input_is_exported_as_dense(tmp_path):
 
 @on_tensorflow
 def test_tensorflow_replaces_special_characters_in_input_names(tmp_path):
-    x = [keras.Input((3,), name="my-input"), keras.Input((3,), name="1x.y")]
+    x = [keras.Input((3,), name=name) for name in ("my-input", "1x.y", "größe", "_x", "self")]
     path = tmp_path / "model.tflite"
     export_tflite(keras.Model(x, layers.Dense(3)(layers.Concatenate()(x))), path)
-    assert sorted(input_shapes(path)) == ["1x_y", "my_input"]
+    names = ["1x_y", "gr__e", "input__x", "input_self", "my_input"]
+    assert sorted(input_shapes(path)) == names
 
 
 def words():
