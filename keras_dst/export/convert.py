@@ -50,6 +50,10 @@ _FIXES = {
         "build the recurrent layers with unroll=True, or give the model a fixed batch size, "
         "keras.Input(batch_shape=(1, ...))"
     ),
+    "Outputs for functions used as signatures must be": (
+        "return the outputs as a tensor, a list or a dict that is not nested, for example "
+        "keras.Model(model.inputs, model.outputs)"
+    ),
 }
 # Maps the data type of an unsupported op to the fix that our error message suggests.
 _TYPE_FIXES = {
@@ -420,9 +424,9 @@ def _conversion_error(failure: _Failure, layers: Collection[str]) -> ExportError
         )
     fixes = [fix for sign, fix in _FIXES.items() if sign in output]
     reason = ""
-    if failure.step in ("call", "load"):
+    if failure.step in ("call", "load") and not fixes:
         reason = " its layers cannot be called on TensorFlow, which every conversion needs."
-        fixes = fixes or [_CALL_FIX]
+        fixes = [_CALL_FIX]
     lines = [line[:_COLUMNS] for line in output.splitlines() if not _NOISE.match(line)]
     log = "\n  ".join(lines[-_LINES:])
     return ExportError(

@@ -406,8 +406,12 @@ def test_conversion_adds_no_handler_to_the_root_logger(monkeypatch):
         (layers.Lambda(ops.erfinv, name="inverse"), "Erfinv, at .* in layer 'inverse'"),
         (lambda x: ops.fft((x, x))[0], "FFT(.|\n)*Fix: .*real and imaginary"),
         (layers.Hashing(5), "AsString(.|\n)*Fix: process the strings outside"),
+        (lambda x: {"a": {"b": x + 1}}, "non-Tensor(.|\n)*Fix: return .*a dict that is not nested"),
     ],
-    ids=["LSTM", "mixed_float16", "float64", "argmax", "erfinv", "Lambda", "complex", "strings"],
+    ids=[
+        *("LSTM", "mixed_float16", "float64", "argmax", "erfinv", "Lambda", "complex", "strings"),
+        "nested outputs",
+    ],
 )
 def test_models_that_cannot_be_converted_raise(tmp_path, last, message):
     x = keras.Input((4,), dtype="int32" if isinstance(last, layers.Hashing) else None)
