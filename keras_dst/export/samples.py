@@ -184,9 +184,9 @@ def _built_spec(model: keras.Model) -> InputSpec:
     sizes = shapes[0] if len(shapes) == 1 else None
     if not (sizes and all(size is None or isinstance(size, int) for size in sizes)):
         raise ValueError(
-            f"Expected inputs= for {model.name!r}, a subclassed model that does not record its "
-            "inputs. Received: inputs=None. Fix: pass inputs= in a form that model.predict "
-            "accepts."
+            f"Expected sample inputs for {model.name!r}, a subclassed model that does not record "
+            "its inputs. Received: none. Fix: pass inputs= to export_tflite, in a form that "
+            "model.predict accepts. lint accepts the path of the exported file."
         )
     return InputSpec("args_0", (None, *sizes[1:]), keras.config.floatx())
 
@@ -280,7 +280,7 @@ def random_samples(model: keras.Model, signature: Signature) -> Samples:
         with reset_states(model):
             model(samples.packed(), training=False)
 
-    fix = "pass inputs=, or create the model with fixed sizes in keras.Input."
+    fix = "pass inputs= to export_tflite, or create the model with fixed sizes in keras.Input."
     size = accepted_size(lambda size: _random_samples(signature, size), run, fix)
     return _random_samples(signature, size)
 

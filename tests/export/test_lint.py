@@ -314,6 +314,24 @@ def test_lint_of_other_objects_than_files_and_models_raises():
         keras_dst.lint("nowhere.tflite")
 
 
+@once
+def test_lint_of_a_model_without_recorded_inputs_raises():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+
+        def call(self, inputs):
+            return self.dense(inputs["x"])
+
+    model = Net()
+    model({"x": np.ones((1, 4), np.float32)})
+    message = "Fix: pass inputs= to export_tflite.* lint accepts the path of the exported file"
+    for target in (None, "micro"):
+        with pytest.raises(ValueError, match=message):
+            keras_dst.lint(model, target=target)
+
+
 @on_tensorflow
 def test_lint_of_a_model_checks_the_exported_file():
     model = keras.Sequential([keras.Input((64,)), layers.Dense(32, name="head")])
