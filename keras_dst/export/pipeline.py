@@ -142,6 +142,7 @@ def export(
     plan = _dense_plan(base) if integer else select_formats(base, settings.objective(), progress)
     progress("comparing with the model")
     cases = keras_cases(model, data.signature, data.samples)
+    _check_outputs(cases, settings)
     found = deviation(plan.content, cases)
     wrong = _find_fault(found, base, plan, cases, settings)
     if wrong:
@@ -369,6 +370,26 @@ def _check_classes(outputs: Sequence | None) -> None:
         )
 
 
+def _check_outputs(cases: list[Case], settings: Settings) -> None:
+    """Raise ExportError if the Keras model returns values that no file can reproduce."""
+    for case in cases:
+        for name, y in case.outputs.items():
+            if y.dtype.kind not in "fc":
+                continue
+            if np.isnan(y).any():
+                raise ExportError(
+                    f"Expected a Keras model whose outputs are numbers. Received: NaN in output "
+                    f"{name!r}. Nothing was written. Fix: pass inputs= with samples for which the "
+                    "model returns no NaN, or train the model again."
+                )
+            if settings.quantize == "full" and np.isinf(y).any():
+                raise ExportError(
+                    "Expected finite outputs of the Keras model for quantize='full'. Received: "
+                    f"infinity in output {name!r}, which int8 cannot represent. Nothing was "
+                    "written. Fix: replace infinity by a finite number, or use quantize='weights'."
+                )
+
+
 def _find_fault(
     found: Deviation, base: bytes, plan: Plan, cases: list[Case], settings: Settings
 ) -> Deviation | None:
@@ -395,10 +416,11 @@ def _explain_fault(
     result."""
     plain = deviation(base, cases)
     if plain.error > settings.tolerance:
+        larger = ", or pass a larger tolerance=" if np.isfinite(plain.error) else ""
         return (
             f"The dense conversion by TensorFlow already differs, by {plain.error:.1e} in "
             f"{plain.where}: no sparse weight causes the fault. Fix: use keras.ops that compute "
-            "the same on TensorFlow, or pass a larger tolerance=."
+            f"the same on TensorFlow{larger}."
         )
     guilty = [
         f"{choice.weight.name!r} ({choice.weight.op}, {choice.format})"

@@ -299,6 +299,13 @@ def test_tensorflow_replaces_special_characters_in_input_names(tmp_path):
     assert sorted(input_shapes(path)) == names
 
 
+@on_tensorflow
+def test_export_of_a_model_with_infinite_outputs(tmp_path):
+    x = keras.Input((3,))
+    model = keras.Model(x, ops.where(x > 0, layers.Dense(3)(x), -np.inf))
+    assert export_tflite(model, tmp_path / "model.tflite").max_error < 1e-6
+
+
 def words():
     x = keras.Input((1,), dtype="string", name="word")
     one_hot = layers.StringLookup(vocabulary=["a", "b"], output_mode="one_hot")
@@ -632,6 +639,25 @@ def test_a_wrong_dense_conversion_raises(model, converted, path):
     assert is_untouched(path)
     export_tflite(model, path, tolerance=1.0)
     assert not is_untouched(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        (np.nan, {}, "Received: NaN in output 'output_0'.*Fix: pass inputs="),
+        (
+            np.inf,
+            {"quantize": "full", "representative": np.ones((4, 32))},
+            "Received: infinity in output 'output_0', .*Fix: replace infinity",
+        ),
+    ],
+    ids=["NaN", "infinity"],
+)
+def test_outputs_that_no_file_can_reproduce_raise(model, converted, path, value, options, message):
+    broken = keras.Model(model.input, model.output + value)
+    with pytest.raises(ExportError, match=message):
+        export_tflite(broken, path, **options)
+    assert is_untouched(path)
 
 
 def test_the_error_identifies_a_wrong_sparse_weight(model, converted, path, monkeypatch):

@@ -84,6 +84,24 @@ def test_nan_and_infinity_fail_the_comparison(value):
     assert deviation(fully_connected(broken), [expected]).error == math.inf
 
 
+def test_equal_infinities_are_left_out_of_the_comparison():
+    graph = graphs.File().graph()
+    x = graph.dynamic([1, 3])
+    content = graph.finish({"x": x}, {"y": x}).content()
+    largest = np.finfo(np.float32).max
+    inputs = {"x": np.float32([[-np.inf, np.inf, 2]])}
+    for expected, error in (
+        ([-np.inf, np.inf, 2], 0),
+        ([-np.inf, np.inf, 4], 0.5),
+        ([-np.inf, largest, 2], math.inf),
+        ([np.inf, np.inf, 2], math.inf),
+        ([0, np.inf, 2], math.inf),
+    ):
+        assert deviation(content, [Case(inputs, {"y": np.float32([expected])})]).error == error
+    converted = Case({"x": np.float32([[-largest, largest, 2]])}, {"y": inputs["x"]})
+    assert deviation(content, [converted]).error == 0
+
+
 def test_a_missing_output_or_a_wrong_shape_fails_the_comparison():
     assert deviation(fully_connected(WEIGHT), [case(name="other")]).error == math.inf
     expected = case()
