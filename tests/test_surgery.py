@@ -416,6 +416,24 @@ def test_the_report_lists_skipped_layers_with_reasons():
         assert reason in str(report)
 
 
+@once
+def test_strip_removes_the_constraint_of_the_method_from_inner_layers():
+    class NormedMixer(models.Mixer):
+        def build(self, shape):
+            super().build(shape)
+            self.norm = keras.layers.LayerNormalization(
+                scale=False, beta_constraint=keras.constraints.NonNeg()
+            )
+            self.norm.build((None, self.units))
+
+    layer = NormedMixer(8)
+    model = keras.Sequential([keras.Input((6,)), layer])
+    keras_dst.sparsify(model, OptG(0.5))
+    assert not isinstance(layer.norm.beta.constraint, keras.constraints.NonNeg)
+    keras_dst.strip(model)
+    assert isinstance(layer.norm.beta.constraint, keras.constraints.NonNeg)
+
+
 def test_filters_match_layers_and_their_containers():
     model = models.recurrent()
     names = [layer.name for layer in model.layers]

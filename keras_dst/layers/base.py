@@ -224,9 +224,10 @@ class SparseMixin(_keras.BuildHook):
                 bias.assign(_with_positive_zeros(getattr(self, weight.name)))
         for name, variable in self.state_variables().items():
             _keras.remove_variable(self, name, variable)
-        for variable in _keras.trainable_variables_of(self):
-            if isinstance(variable.constraint, _RequireDriver):
-                variable.constraint = variable.constraint.inner
+        for variable in _trained_inside(self):
+            constraint = variable.constraint
+            if isinstance(constraint, _RequireDriver) and constraint.layer is self:
+                variable.constraint = constraint.inner
         for weight in self._masked_attributes():
             is_property = isinstance(getattr(self.stock, weight.name, None), property)
             if not is_property and weight.slot in self.__dict__:
@@ -365,11 +366,16 @@ def expose_variables(layer) -> None:
                 setattr(layer, f"{name}_{key}", variable)
 
 
-def require_driver(layer) -> None:
-    """Make optimizer steps raise an error if the callback of the layer's method is not running."""
-    trained = [
+def _trained_inside(layer) -> list:
+    """Return the trainable variables of a layer and of its inner layers."""
+    return [
         v for inner in _keras.flatten_layers(layer) for v in _keras.trainable_variables_of(inner)
     ]
+
+
+def require_driver(layer) -> None:
+    """Make optimizer steps raise an error if the callback of the layer's method is not running."""
+    trained = _trained_inside(layer)
     if layer.method.needs_driver and trained:
         smallest = min(trained, key=lambda v: math.prod(v.shape))
         if not isinstance(smallest.constraint, _RequireDriver):
