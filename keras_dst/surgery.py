@@ -290,6 +290,9 @@ def why_unsupported(layer, method: LayerMethod) -> str | None:
         return _LORA
     if isinstance(method, UnitMethod) and not cls.has_units():
         return f"{type(method).__name__} prunes whole units; {type(layer).__name__} has no units"
+    for weight in cls.sparse_weights():
+        if reason := weight.why_computed(layer):
+            return reason
     for layout, variable in prunable_weights_of(layer):
         if not variable.trainable:
             return f"its weight '{variable.name}' is {_FROZEN}"

@@ -434,6 +434,31 @@ def test_strip_removes_the_constraint_of_the_method_from_inner_layers():
     assert isinstance(layer.norm.beta.constraint, keras.constraints.NonNeg)
 
 
+class DoubledKernel(keras.layers.Dense):
+    @property
+    def kernel(self):
+        return 2 * super().kernel
+
+
+@once
+def test_layers_that_compute_their_kernel_are_skipped():
+    class SameKernel(keras.layers.Dense):
+        @property
+        def kernel(self):
+            return super().kernel
+
+    doubled, same = DoubledKernel(4), SameKernel(4)
+    model = keras.Sequential([keras.Input((6,)), doubled, same])
+    report = keras_dst.sparsify(model, OptG(0.5))
+    assert paths(report) == [same.path]
+    ((path, reason),) = report.skipped
+    assert path == doubled.path
+    assert "DoubledKernel computes `kernel` from a variable" in reason
+    unbuilt = keras_dst.tfmot.prune_low_magnitude(DoubledKernel(4, name="own"))
+    with pytest.raises(ValueError, match="'own' cannot be sparse: DoubledKernel computes"):
+        unbuilt.build((None, 6))
+
+
 def test_filters_match_layers_and_their_containers():
     model = models.recurrent()
     names = [layer.name for layer in model.layers]

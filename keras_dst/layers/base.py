@@ -45,6 +45,20 @@ class SparseWeight:
         """Return the input and output axes of the weight in a given layer."""
         return self.layout
 
+    def why_computed(self, layer) -> str | None:
+        """Return the reason why no mask can be applied to the weight of a built layer, or None.
+
+        If the stock class computes the weight from the variable, `strip` cannot write the masked
+        weight into the variable.
+        """
+        variable = self.raw(layer)
+        if variable is None or getattr(layer, self.name) is variable:
+            return None
+        return (
+            f"{type(layer).__name__} computes `{self.name}` from a variable; prune the variable "
+            "with a method that masks the weights in the optimizer step, such as Magnitude"
+        )
+
     def masked(self, layer):
         """Return the masked weight, in the dtype of the variable."""
         value = getattr(super(self.owner, layer), self.name, self.raw(layer))
@@ -193,14 +207,18 @@ class SparseMixin(_keras.BuildHook):
 
     def _add_states(self):
         for weight in self.sparse_weights():
+            if weight.name in self.sparse_state:
+                continue
             variable = weight.raw(self)
-            if variable is None or weight.name in self.sparse_state:
+            if variable is None:
                 continue
             if "float" not in variable.dtype:  # The kernel is quantized.
                 continue
             layout = weight.layout_of(self)
             if not self.method.applies_to(layout):
                 continue
+            if reason := weight.why_computed(self):
+                raise ValueError(f"'{self.name}' cannot be sparse: {reason}.")
             # The mask is computed in the precision of the variable, and the masked weight is cast
             # afterwards.
             _keras.set_autocast(variable, False)
