@@ -138,10 +138,12 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
         A `SparsifyReport` that lists the sparse layers, and the skipped layers with the reasons.
 
     Raises:
-        TypeError: If the model is not a Keras 3 model, or the method is not a keras_dst method.
+        TypeError: If the model is not a Keras 3 model, if the method is not a keras_dst method, or
+            if `prunable_weights` of a layer is not a tuple of names or a dict.
         ValueError: If the model is not built or is already sparse, if a filter matches nothing, or
             if no layer can be made sparse. A ValueError is also raised if the model is not compiled
-            and the method needs a compiled model.
+            and the method needs a compiled model, or if `prunable_weights` of a layer contains a
+            name that the layer lacks.
 
     Example:
         >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
@@ -291,6 +293,7 @@ def why_unsupported(layer, method: LayerMethod) -> str | None:
     if isinstance(method, UnitMethod) and not cls.has_units():
         return f"{type(method).__name__} prunes whole units; {type(layer).__name__} has no units"
     for weight in cls.sparse_weights():
+        weight.check(layer)
         if reason := weight.why_computed(layer):
             return reason
     for layout, variable in prunable_weights_of(layer):

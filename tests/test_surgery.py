@@ -459,6 +459,56 @@ def test_layers_that_compute_their_kernel_are_skipped():
         unbuilt.build((None, 6))
 
 
+@once
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ("mix", TypeError, "must be a tuple of names.*Received: 'mix'"),
+        ((3,), TypeError, r"must be a tuple of names.*Received: \(3,\)"),
+        (("mixx",), ValueError, "contains 'mixx', but the layer has no variable.*: 'mix', 'other'"),
+        (("parts",), ValueError, "contains 'parts', but the layer has no variable"),
+    ],
+)
+def test_wrong_names_in_prunable_weights_raise(names, error, message):
+    class Named(models.Mixer):
+        prunable_weights = names
+
+        def build(self, shape):
+            super().build(shape)
+            self.other = self.add_weight(shape=(3, 3), name="other")
+            self.parts = [self.mix]
+
+    model = keras.Sequential([keras.Input((6,)), Named(4), keras.layers.Dense(2)])
+    with pytest.raises(error, match=message):
+        keras_dst.sparsify(model, OptG(0.5))
+    assert not has_sparse_layers(model)
+    with pytest.raises(error, match=message):
+        keras_dst.tfmot.prune_low_magnitude(Named(4)).build((None, 6))
+
+
+@once
+def test_prunable_weights_may_be_none_and_other_attributes_are_kept():
+    class Optional(models.Mixer):
+        prunable_weights = ("mix", "other")
+
+        def __init__(self, units):
+            super().__init__(units)
+            self.other, self._mix = None, "mode"
+
+    built, unbuilt = Optional(4), keras_dst.tfmot.prune_low_magnitude(Optional(4))
+    model = keras.Sequential([keras.Input((6,)), built])
+    assert keras_dst.sparsify(model, OptG(0.5)).sparsified == [(built.path, ("mix",))]
+    model.add(unbuilt)
+    for layer in (built, unbuilt):
+        assert isinstance(layer, SparseMixin)
+        assert layer._mix == "mode"
+    keras_dst.strip(model)
+    for layer in (built, unbuilt):
+        assert isinstance(layer.mix, keras.Variable)
+        assert {"_mix": "mode", "other": None}.items() <= vars(layer).items()
+        assert not any("_sparse" in name for name in vars(layer))
+
+
 def test_filters_match_layers_and_their_containers():
     model = models.recurrent()
     names = [layer.name for layer in model.layers]

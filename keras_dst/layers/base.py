@@ -45,6 +45,9 @@ class SparseWeight:
         """Return the input and output axes of the weight in a given layer."""
         return self.layout
 
+    def check(self, layer) -> None:
+        """Raise ValueError if a built layer lacks a weight that the user has named."""
+
     def why_computed(self, layer) -> str | None:
         """Return the reason why no mask can be applied to the weight of a built layer, or None.
 
@@ -79,6 +82,28 @@ class SparseWeight:
 
     def __set__(self, layer, value):
         setattr(layer, self.slot, value)
+
+
+class DeclaredWeight(SparseWeight):
+    """Weight that a custom layer class names in its attribute `prunable_weights`."""
+
+    def __set_name__(self, owner, name):
+        super().__set_name__(owner, name)
+        if not isinstance(getattr(owner.stock, name, None), property):
+            # The custom layer may already use the name with one leading underscore.
+            self.slot = f"_sparse_{name}"
+
+    def check(self, layer):
+        value = self.raw(layer)
+        created = not {self.name, self.slot}.isdisjoint(vars(layer))
+        if isinstance(value, keras.Variable) or (value is None and created):
+            return
+        found = [repr(k) for k, v in vars(layer).items() if isinstance(v, keras.Variable)]
+        raise ValueError(
+            f"{type(layer).__name__}.prunable_weights contains {self.name!r}, but the layer has no "
+            "variable in an attribute of this name. Name some of these attributes: "
+            f"{', '.join(found) or 'none'}."
+        )
 
 
 class SparseBias(SparseWeight):
@@ -209,6 +234,7 @@ class SparseMixin(_keras.BuildHook):
         for weight in self.sparse_weights():
             if weight.name in self.sparse_state:
                 continue
+            weight.check(self)
             variable = weight.raw(self)
             if variable is None:
                 continue

@@ -11,7 +11,7 @@ import keras
 from keras import layers
 
 from keras_dst import _keras
-from keras_dst.layers.base import SparseMixin, SparseWeight, check_method
+from keras_dst.layers.base import DeclaredWeight, SparseMixin, check_method
 from keras_dst.layers.normalization import SparseBatchNormalization
 from keras_dst.layers.stock import SPARSE_KERNEL_LAYERS
 from keras_dst.masks import KERNEL, Layout
@@ -156,6 +156,11 @@ def frozen_layers_of(model) -> set[int]:
 def _declared_weights(stock: type) -> dict[str, Layout]:
     """Return the weights that a custom layer class declares as prunable, with their axes."""
     weights = getattr(stock, "prunable_weights", ())
+    if isinstance(weights, str) or not all(isinstance(name, str) for name in weights):
+        raise TypeError(
+            f"{stock.__name__}.prunable_weights must be a tuple of names such as ('kernel',), or a "
+            f"dict of names and layouts. Received: {weights!r}"
+        )
     return dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, KERNEL)
 
 
@@ -166,7 +171,7 @@ def _derive(bases: tuple[type, ...]) -> type:
     # loads a model, `from_config` of the first base class looks up the custom class. The derived
     # classes have the `__name__` of the stock class, see `base.register`.
     stock = bases[-1]
-    weights = {name: SparseWeight(layout) for name, layout in _declared_weights(stock).items()}
+    weights = {name: DeclaredWeight(layout) for name, layout in _declared_weights(stock).items()}
     own = {"stock": stock, "__qualname__": f"Sparse{stock.__name__}", **weights}
     derived = type(stock.__name__, bases, own)
     return keras.saving.register_keras_serializable("keras_dst", bases[0].__name__)(derived)
