@@ -206,7 +206,9 @@ def _tick_at(ax, kept: Sequence[float]) -> None:
     ax.set_xticks([], minor=True)
 
 
-def history(history, names: Filters = None, ax=None):
+def history(
+    history, names: Filters = None, ax=None, validation_freq: int | Sequence[int] | None = None
+):
     """Plot the sparsity and the metrics of a training run against the epoch.
 
     Metrics whose values are all in [0, 1], such as sparsity and accuracy, use the left y-axis. All
@@ -220,6 +222,8 @@ def history(history, names: Filters = None, ax=None):
         names: Metrics to plot: a name, a regular expression that matches whole names, or a list of
             names and expressions. Defaults to None, which plots all metrics.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
+        validation_freq: Value of the argument `validation_freq` of `fit`. Defaults to None, which
+            computes `validation_freq` from the number of validation values.
 
     Returns:
         The matplotlib axes with the left y-axis. The list `ax.figure.axes` also contains the axes
@@ -227,7 +231,8 @@ def history(history, names: Filters = None, ax=None):
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If the history has no epoch, or an entry of `names` matches no metric.
+        ValueError: If the history has no epoch, an entry of `names` matches no metric, or the
+            number of validation values does not determine `validation_freq`.
 
     Example:
         >>> history = model.fit(x, y, epochs=20, callbacks=[keras_dst.callbacks.SparseTraining()])
@@ -243,6 +248,13 @@ def history(history, names: Filters = None, ax=None):
         for name, is_chosen in zip(known, chosen)
         if is_chosen
     }
+    length = max(map(len, metrics.values()))
+    epochs = [epoch + 1 for epoch in getattr(history, "epoch", [])]
+    epochs = epochs if len(epochs) == length else list(range(1, length + 1))
+    positions = {
+        name: _measured_epochs(name, len(values), epochs, validation_freq)
+        for name, values in curves.items()
+    }
     ax = _axes(ax, 7, 4.5)
     bases = list(dict.fromkeys(name.removeprefix("val_") for name in curves))
     left = [base for base in bases if all(map(_is_fraction, _curves_of(base, curves)))]
@@ -250,15 +262,12 @@ def history(history, names: Filters = None, ax=None):
     sides = [(ax, left or right)]
     if left and right:
         sides.append((ax.twinx(), right))
-    length = max(map(len, curves.values()))
     for side, shown in sides:
         for name, values in curves.items():
             base = name.removeprefix("val_")
             if base in shown:
-                interval = length // len(values)  # The `validation_freq` of `fit`.
-                epochs = interval * np.arange(1, len(values) + 1)
-                style = "-" if name == base else "--"
-                side.plot(epochs, values, style, color=f"C{bases.index(base)}", label=name)
+                style, color = "-" if name == base else "--", f"C{bases.index(base)}"
+                side.plot(positions[name], values, style, color=color, label=name)
         side.set_ylabel(", ".join(shown))
     ax.set_xlabel("epoch")
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -267,6 +276,27 @@ def history(history, names: Filters = None, ax=None):
     labels = [line.get_label() for line in lines]
     ax.legend(lines, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
     return ax
+
+
+def _measured_epochs(name: str, count: int, epochs: list[int], validation_freq) -> list[int]:
+    """Return the epochs in which a metric with `count` values was measured."""
+    if count == len(epochs):
+        return epochs
+    if validation_freq is None:
+        intervals = range(2, epochs[-1] + 1)
+        candidates = [[epoch for epoch in epochs if epoch % n == 0] for n in intervals]
+    elif isinstance(validation_freq, Sequence):
+        candidates = [[epoch for epoch in epochs if epoch in validation_freq]]
+    else:
+        interval = check_integer(validation_freq, "validation_freq")
+        candidates = [[epoch for epoch in epochs if epoch % interval == 0]]
+    found = {tuple(candidate) for candidate in candidates if len(candidate) == count}
+    if len(found) != 1:
+        raise ValueError(
+            f"'{name}' has {count} values in {len(epochs)} epochs. Pass the validation_freq of "
+            f"`fit` to plots.history. Received: validation_freq={validation_freq!r}"
+        )
+    return list(found.pop())
 
 
 def _curves_of(base: str, curves: Mapping) -> list:

@@ -257,6 +257,36 @@ def test_plot_history_of_selected_metrics(pyplot):
         plots.history({})
 
 
+@once
+@pytest.mark.parametrize(
+    ("first", "last", "validation_freq", "measured"),
+    [
+        (1, 10, 4, [4, 8]),
+        (1, 10, [3, 10], [3, 10]),
+        (1, 10, None, [3, 6, 9]),
+        (1, 5, None, [1, 2, 3, 4, 5]),
+        (16, 20, 2, [16, 18, 20]),
+        (16, 20, None, [16, 17, 18, 19, 20]),
+    ],
+)
+def test_plot_history_draws_values_at_their_epochs(first, last, validation_freq, measured):
+    history = keras.callbacks.History()
+    history.epoch = list(range(first - 1, last))
+    history.history = {"loss": [2] * len(history.epoch), "val_loss": [2] * len(measured)}
+    # The curve of "val_loss" alone also begins at the correct epoch.
+    for names in (None, "val_loss"):
+        line = plots.history(history, names, validation_freq=validation_freq).get_lines()[-1]
+        np.testing.assert_array_equal(line.get_xdata(), measured)
+
+
+@once
+def test_plot_history_with_an_ambiguous_validation_freq_raises():
+    metrics = {"loss": [1] * 10, "val_loss": [1, 1]}
+    for validation_freq in (None, 3):
+        with pytest.raises(ValueError, match="'val_loss' has 2 values in 10 epochs"):
+            plots.history(metrics, validation_freq=validation_freq)
+
+
 # -- documentation ---------------------------------------------------------------------------------
 
 
