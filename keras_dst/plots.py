@@ -32,11 +32,12 @@ def density(report, ax=None):
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If `report` is not a result of `keras_dst.report`.
 
     Example:
         >>> plots.density(keras_dst.report(model)).figure.savefig("density.png")
     """
-    _check_report(report, "layers", "keras_dst.report")
+    _check_report(report, "sparsity", "keras_dst.report")
     ax = _axes(ax, 8, 1.5 + 0.3 * len(report.layers))
     positions = range(len(report.layers))
     bars = ax.barh(positions, [row.density for row in report.layers])
@@ -328,11 +329,12 @@ def sensitivity(report, ax=None):
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If `report` is not a result of `keras_dst.sensitivity`.
 
     Example:
         >>> plots.sensitivity(keras_dst.sensitivity(model, (x, y))).figure.savefig("curves.png")
     """
-    _check_report(report, "weights", "keras_dst.sensitivity")
+    _check_report(report, "sparsities", "keras_dst.sensitivity")
     ax = _axes(ax, 8, 4.5)
     for row in report.weights:
         ax.plot((0.0, *report.sparsities), (report.baseline, *row.values), "o-", label=row.name)

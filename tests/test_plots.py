@@ -60,6 +60,13 @@ def test_density_on_given_axes(pyplot):
 
 
 @once
+@pytest.mark.parametrize("plot", [plots.density, plots.sensitivity])
+def test_plots_of_a_model_instead_of_a_report_raise(plot):
+    with pytest.raises(TypeError, match=r"Expected the result of keras_dst\."):
+        plot(keras.Sequential([keras.Input((4,)), layers.Dense(2)]))
+
+
+@once
 def test_density_without_prunable_weights(pyplot):
     assert (
         len(
