@@ -94,7 +94,8 @@ class Budget(keras.regularizers.Regularizer):
         x: Mean of each gate over a batch, in [0, 1]. The array may have any shape.
 
     Raises:
-        ValueError: If the target is outside (0, 1], or if another argument is not a number >= 0.
+        ValueError: If the target is outside (0, 1], if another argument is not a number >= 0, or if
+            the sum of `costs` is 0.
 
     Example:
         >>> budget = keras_dst.regularizers.Budget(0.5, costs=[3.0, 1.0])
@@ -114,6 +115,8 @@ class Budget(keras.regularizers.Regularizer):
         if costs is not None and not ops.is_tensor(costs):
             for cost in np.ravel(ops.convert_to_numpy(costs)).tolist():
                 check_number(cost, "costs")
+            if not np.sum(ops.convert_to_numpy(costs)) > 0:
+                raise ValueError(f"costs must have a sum above 0. Received: costs={costs!r}")
         self.target = target
         self.weight = weight
         self.costs = costs

@@ -123,6 +123,11 @@ def test_defaults_of_the_penalties_on_gates():
     assert Budget(0.5).get_config() == {"target": 0.5, "weight": 1.0, "costs": None}
 
 
+def test_a_budget_with_costs_of_zero_raises():
+    with pytest.raises(ValueError, match="sum above 0"):
+        Budget(0.5, costs=[0, 0])
+
+
 @pytest.mark.parametrize("target", [0, -0.5, 1.5, math.nan])
 def test_a_budget_out_of_range_raises(target):
     with pytest.raises(ValueError, match=r"target is the fraction .* \(0, 1\]. Received"):
