@@ -130,5 +130,5 @@ def test_a_budget_with_costs_of_zero_raises():
 
 @pytest.mark.parametrize("target", [0, -0.5, 1.5, math.nan])
 def test_a_budget_out_of_range_raises(target):
-    with pytest.raises(ValueError, match=r"target is the fraction .* \(0, 1\]. Received"):
+    with pytest.raises(ValueError, match=r"target is the cost .* \(0, 1\]. Received"):
         Budget(target)
