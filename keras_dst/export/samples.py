@@ -356,7 +356,7 @@ def _split(batch: Any, count: int | None, argument: str) -> tuple[Any, Any]:
     """
     if not isinstance(batch, tuple | list):
         return batch, None
-    if count and count > 1 and len(batch) == count != len(keras.tree.flatten(batch[0])):
+    if count and count > 1 and len(batch) == count and not keras.tree.is_nested(batch[0]):
         return batch, None
     if len(batch) not in (1, 2, 3):
         raise ValueError(

@@ -200,6 +200,12 @@ def test_an_optional_input_may_be_none():
         read_samples(two_inputs(), [X, None], "inputs")
 
 
+def test_labels_are_not_read_as_an_optional_input():
+    for inputs in ({"x": X}, [X, None]):
+        batches = iter([(inputs, EXTRA)])
+        assert read_samples(two_inputs(optional=True), batches, "inputs").arrays[1] is None
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
