@@ -38,6 +38,7 @@ from keras_dst.export.samples import (
     InputSpec,
     Samples,
     Signature,
+    fixed_batch,
     random_samples,
     signature_of,
     symbolic_inputs,
@@ -299,7 +300,7 @@ def _calibration_batches(specs: list[InputSpec], arrays: list) -> Iterator[dict[
     Each batch has the fixed batch size of the model, or one sample if the batch size is dynamic.
     """
     present = [(spec, array) for spec, array in zip(specs, arrays) if spec.present]
-    size = max(spec.shape[0] or 1 for spec, _ in present)
+    size = fixed_batch(specs) or 1
     count = min(len(array) for _, array in present)
     for start in range(0, count - size + 1, size):
         yield {s.name: array[start : start + size].astype(s.dtype) for s, array in present}

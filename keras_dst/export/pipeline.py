@@ -40,6 +40,7 @@ from keras_dst.export.samples import (
     MAX_SAMPLES,
     Samples,
     Signature,
+    fixed_batch,
     random_samples,
     read_labeled,
     read_samples,
@@ -267,7 +268,8 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
         calibration = read_samples(
             model, settings.representative, "representative", streamed=MAX_CALIBRATION_SAMPLES
         )
-        samples = calibration[:MAX_SAMPLES]
+        batch = fixed_batch(signature_of(model, calibration).specs) or 1
+        samples = calibration[: max(MAX_SAMPLES, batch)]
     if settings.inputs is not None:
         samples = read_samples(model, settings.inputs, "inputs", limit=MAX_SAMPLES)
     signature = signature_of(model, samples)

@@ -205,26 +205,43 @@ def read_samples(
         argument: Name of the argument with which the user passed the data, for error messages.
         limit: Maximum number of samples to return. Defaults to None: all samples are returned.
         streamed: Maximum number of samples to read from a data set or generator. If ``streamed`` is
-            0, the default, ``limit`` is the maximum.
+            0, the default, ``limit`` is the maximum. If a maximum is less than the fixed batch size
+            of the model, the fixed batch size replaces the maximum.
 
     Raises:
         ValueError: If the data is of an unsupported type, or does not fit the inputs of the model.
     """
+    batch_size = fixed_batch(_declared_specs(model) or []) or 1
+    limit = limit and max(limit, batch_size)
     if not _is_stream(data):
-        return _checked_size(model, _match(model, data, argument), argument)[:limit]
-    limit = streamed or limit
+        return _checked_size(_match(model, data, argument), batch_size, argument)[:limit]
+    limit = max(streamed, batch_size) if streamed else limit
     found: list[Samples] = []
     for batch in _batches(data, argument, endless=limit is not None):
         inputs, _ = _split(batch, _count(model), argument)
         found.append(_match(model, inputs, argument))
         if limit is not None and sum(map(len, found)) >= limit:
             break
-    return _checked_size(model, _joined(found, argument), argument)[:limit]
+    return _checked_size(_joined(found, argument), batch_size, argument)[:limit]
 
 
-def _checked_size(model: keras.Model, samples: Samples, argument: str) -> Samples:
+def fixed_batch(specs: list[InputSpec]) -> int | None:
+    """Return the fixed batch size of the inputs, or None if all batch sizes are dynamic.
+
+    Raises:
+        ValueError: If the inputs have different fixed batch sizes.
+    """
+    sizes = {spec.name: spec.shape[0] for spec in specs if spec.present and spec.shape[0]}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            "Expected the same batch size for all inputs with a fixed batch size. Received: "
+            f"{sizes}. Fix: build the model with the same batch size in each keras.Input."
+        )
+    return next(iter(sizes.values()), None)
+
+
+def _checked_size(samples: Samples, least: int, argument: str) -> Samples:
     """Return the samples. Raise ValueError if there are too few samples for one batch."""
-    least = max((spec.shape[0] or 1 for spec in _declared_specs(model) or []), default=1)
     if len(samples) < least:
         raise ValueError(
             f"Expected at least {least} samples in {argument}, because the model has a fixed batch "
@@ -288,10 +305,10 @@ def random_samples(model: keras.Model, signature: Signature) -> Samples:
 def _random_samples(signature: Signature, open_size: int) -> Samples:
     """Return seeded random samples. Dynamic axes except the batch axis have size `open_size`."""
     rng = np.random.default_rng(0)
+    batch = fixed_batch(signature.specs) or BATCH
 
     def array(spec: InputSpec) -> np.ndarray:
-        batch, *sizes = spec.shape
-        shape = [batch or BATCH, *(size or open_size for size in sizes)]
+        shape = [batch, *(size or open_size for size in spec.shape[1:])]
         if spec.dtype == "string":
             raise ValueError(
                 f"Expected inputs= for a model with string inputs (input {spec.name!r}). "

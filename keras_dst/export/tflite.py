@@ -47,10 +47,10 @@ def export_tflite(
         path: Path of the file to write, in an existing folder. An existing file is replaced.
         inputs: Samples on which the file is compared with the model. As in `model.predict`, the
             samples can be arrays, or a data set, data loader or generator of batches. Only the
-            first 32 samples are used in the comparison. Defaults to the samples in
-            ``representative``. Without ``representative``, the samples are random with a fixed
-            seed: standard normal floats, or integers that are 0 or 1. A model with string inputs
-            requires ``inputs``.
+            first 32 samples are used in the comparison, or one batch if the model has a larger
+            fixed batch size. Defaults to the samples in ``representative``. Without
+            ``representative``, the samples are random with a fixed seed: standard normal floats, or
+            integers that are 0 or 1. A model with string inputs requires ``inputs``.
         tolerance: Largest accepted error of each output of the file. The error of an output ``y``
             is ``max|y - y_keras| / max(max|y_keras|, 1e-6)``, where ``y_keras`` is the output of
             the model. The default depends on ``quantize``: 1e-4 for None, 0.1 for ``"weights"``,

@@ -12,7 +12,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from keras_dst._utils.states import reset_states
 from keras_dst.export.quantize import to_int8
-from keras_dst.export.samples import BATCH, Samples, Signature, read_samples
+from keras_dst.export.samples import BATCH, Samples, Signature, fixed_batch, read_samples
 
 #: Each file is run with XNNPACK, the default of LiteRT, and without XNNPACK. Some files give wrong
 #: results only with XNNPACK, and other files only without XNNPACK.
@@ -102,7 +102,7 @@ def predictor(model: keras.Model, content: bytes, signature: Signature) -> Calla
     The function returns the output of the file, or a dict if the file has several outputs.
     """
     runner = _runner(content, OpResolverType.AUTO)
-    size = _fixed_batch(signature) or 1
+    size = fixed_batch(signature.specs) or 1
 
     def predict(inputs: Any) -> Any:
         is_read = isinstance(inputs, Samples)
@@ -206,13 +206,8 @@ def by_input_name(batch: Samples, signature: Signature) -> dict[str, np.ndarray]
     }
 
 
-def _fixed_batch(signature: Signature) -> int | None:
-    sizes = [spec.shape[0] for spec in signature.specs if spec.present]
-    return max((size for size in sizes if size), default=None)
-
-
 def _batches(samples: Samples, signature: Signature) -> Iterator[Samples]:
-    fixed = _fixed_batch(signature)
+    fixed = fixed_batch(signature.specs)
     if fixed is None:
         yield samples[:1]
         for start in range(0, len(samples), BATCH):

@@ -727,6 +727,14 @@ def test_calibrating_a_recurrent_loop_raises(never_converted, tmp_path):
         export_tflite(model, tmp_path / "m.tflite", quantize="full", representative=x)
 
 
+def test_a_large_fixed_batch_is_compared_and_calibrated():
+    x = keras.Input(batch_shape=(40, 8))
+    model = keras.Model(x, layers.Dense(3)(x))
+    settings = pipeline.Settings(0.3, quantize="full", representative=np.ones((80, 8), "float32"))
+    data = pipeline._read_data(model, settings)
+    assert (len(data.samples), len(data.calibration)) == (40, 80)
+
+
 @pytest.mark.parametrize(("options", "message"), DATA.values(), ids=DATA)
 def test_data_is_checked_before_conversion(never_converted, model, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

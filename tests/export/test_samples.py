@@ -238,6 +238,24 @@ def test_too_few_samples_for_a_fixed_batch_raise():
         read_samples(keras.Model(x, layers.Dense(3)(x)), X[:2], "inputs")
 
 
+def test_a_limit_never_cuts_a_fixed_batch():
+    x = keras.Input(batch_shape=(12, 8))
+    model = keras.Model(x, layers.Dense(3)(x))
+    assert len(read_samples(model, X, "inputs", limit=5)) == 12
+    for options in ({"limit": 5}, {"streamed": 5}):
+        batches = (X[i : i + 4] for i in range(0, 20, 4))
+        assert len(read_samples(model, batches, "inputs", **options)) == 12
+
+
+def test_inputs_with_fixed_and_dynamic_batch_sizes():
+    x, y, z = keras.Input((8,), batch_size=6), keras.Input((8,)), keras.Input((8,), batch_size=1)
+    model = keras.Model([x, y], layers.Dense(3)(x + y))
+    arrays = random_samples(model, signature_of(model)).arrays
+    assert [array.shape for array in arrays] == [(6, 8), (6, 8)]
+    with pytest.raises(ValueError, match=r"same batch size .*Received: \{.*: 6, .*: 1\}.*Fix: "):
+        read_samples(keras.Model([x, z], layers.Dense(3)(x + z)), [X, X], "inputs")
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
