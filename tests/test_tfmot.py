@@ -481,6 +481,23 @@ def test_frozen_layers_stay_dense():
         lstm(keras.Input((5, 4)))
 
 
+@once
+def test_layers_that_are_frozen_after_prune_low_magnitude_stay_dense():
+    model = tfmot.prune_low_magnitude(dense(8, 7), EVERY)
+    first, last = model.layers
+    first.trainable = False
+    before = [w.numpy() for w in first.weights]
+    fit(compiled(model))
+    for old, new in zip(before, first.weights):
+        np.testing.assert_array_equal(old, new.numpy())
+    assert [m.mean() for m in masks_of(model)] == [1, 0.5]
+    last.trainable = False
+    with pytest.raises(ValueError, match=r"All pruned layers of .* are frozen"):
+        fit(compiled(model))
+    model.add(layers.Dense(7))
+    fit(compiled(model), callbacks=[])
+
+
 @heavy
 @once
 def test_a_pruned_model_loads_with_only_keras_dst_imported(tmp_path):

@@ -12,6 +12,7 @@ from keras_dst import _keras, masks
 from keras_dst._backend.jit import jit
 from keras_dst._training.drivers import LayerDriver
 from keras_dst._training.fit_patches import active_fit
+from keras_dst.layers.classes import frozen_layers_of
 from keras_dst.methods.base import LayerMethod
 from keras_dst.tfmot.pruning import is_pruned
 
@@ -19,27 +20,36 @@ from keras_dst.tfmot.pruning import is_pruned
 class UpdatePruningStep(keras.callbacks.Callback):
     """Callback that updates the masks of pruned layers and sets masked weights to zero.
 
+    If a layer is frozen after `prune_low_magnitude`, its masks and its weights do not change.
+
     In a custom training loop, compile the model, then call `set_model` and `on_train_begin` of the
     callback. Call `on_train_batch_begin` before every step, and `on_epoch_end` after every epoch.
 
     Raises:
-        ValueError: When training begins, if the model has no pruned layer, is not compiled, or has
-            a `steps_per_execution` above 1. With more than one step per execution, Keras does not
-            call callbacks before every step.
+        ValueError: When training begins, if the model has no pruned layer, all pruned layers are
+            frozen, the model is not compiled, or `steps_per_execution` is above 1. With more than
+            one step per execution, Keras does not call callbacks before every step.
 
     Example:
         >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.tfmot.UpdatePruningStep()])
     """
 
     def on_train_begin(self, logs=None):
-        groups: dict[LayerMethod, list[Any]] = {}
-        for layer in _keras.flatten_layers(self.model):
-            if is_pruned(layer):
-                groups.setdefault(layer.method, []).append(layer)
-        if not groups:
+        pruned = [layer for layer in _keras.flatten_layers(self.model) if is_pruned(layer)]
+        if not pruned:
             raise ValueError(
                 f"UpdatePruningStep found no pruned layer in '{self.model.name}'. Call "
                 "model = keras_dst.tfmot.prune_low_magnitude(model), and compile it."
+            )
+        groups: dict[LayerMethod, list[Any]] = {}
+        frozen = frozen_layers_of(self.model)
+        for layer in pruned:
+            if id(layer) not in frozen:
+                groups.setdefault(layer.method, []).append(layer)
+        if not groups:
+            raise ValueError(
+                f"All pruned layers of '{self.model.name}' are frozen. Set trainable = True for "
+                "these layers and compile the model, or fit without UpdatePruningStep."
             )
         if getattr(self.model, "optimizer", None) is None:
             raise ValueError(
