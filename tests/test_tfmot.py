@@ -144,6 +144,11 @@ def test_magnitude_mask(weights, sparsity, expected):
     np.testing.assert_array_equal(found, np.array(expected, bool))
 
 
+def test_masks_of_a_weight_without_entries():
+    w = np.zeros((0, 4), "float32")
+    assert magnitude_mask(w, 0.5).shape == block_mask(w, 0.5, (2, 2), "AVG").shape == (0, 4)
+
+
 def test_block_mask_ranks_blocks_by_mean_or_maximum():
     w = np.array([[9, 0, 4, 4], [0, 0, 4, 4], [1, 1, 0, 6], [1, 1, 0, 0]], "float32")
     # The mean magnitudes of the four blocks are 2.25, 4, 1 and 1.5. The largest magnitudes in the
@@ -344,6 +349,16 @@ def test_single_layers_keep_their_own_schedules():
     assert [layer.method.pruning_schedule for layer in (first, rest[1])] == [EVERY, DECAY]
     fit(compiled(model))
     assert [m.mean() for m in masks_of(model)] == [0.5, 11 / 56]
+
+
+@once
+def test_a_list_may_contain_a_layer_twice():
+    model = dense(8, 7)
+    first, lstm = model.layers[0], layers.LSTM(3)
+    tfmot.prune_low_magnitude([first, first, lstm, lstm, model], EVERY)
+    assert [type(layer).__bases__.count(layers.Dense) for layer in model.layers] == [1, 1]
+    lstm(keras.Input((5, 4)))
+    assert all(map(tfmot.is_pruned, (*model.layers, lstm.cell)))
 
 
 @once
@@ -664,6 +679,7 @@ def test_the_xnnpack_policy_handles_nested_models_and_subtraction():
         (lambda: xnnpack_around(inner_model(layers.DepthwiseConv2D(3))), "no sparse form"),
         (lambda: xnnpack(body=[layers.DepthwiseConv2D(3, 2, "same")]), "no sparse form"),
         (lambda: xnnpack(body=[layers.Softmax()]), "no sparse form"),
+        (lambda: xnnpack(body=[layers.Activation(layers.ReLU(6.0))]), "no sparse form"),
         (lambda: xnnpack(body=[layers.BatchNormalization(axis=1)]), "no sparse form"),
         (lambda: xnnpack(body=[layers.ReLU()]), "nothing to prune"),
         (models.Subclassed, "its own call method"),

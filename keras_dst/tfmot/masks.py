@@ -10,6 +10,8 @@ def magnitude_mask(w: np.ndarray, sparsity: float) -> np.ndarray:
 
     Entries whose magnitude equals the smallest kept magnitude are also kept, as in tfmot.
     """
+    if not w.size:
+        return np.ones(w.shape, "bool")
     magnitudes = np.abs(w)
     kept = max(1, int(np.round(np.float32(w.size) * (np.float32(1) - np.float32(sparsity)))))
     return magnitudes >= np.partition(magnitudes, w.size - kept, axis=None)[w.size - kept]

@@ -199,7 +199,7 @@ def _has_sparse_form(operation, producers) -> bool:
     if isinstance(operation, layers.UpSampling2D):
         return operation.interpolation == "bilinear"
     if isinstance(operation, layers.Activation):
-        return operation.activation.__name__ in _ACTIVATIONS
+        return getattr(operation.activation, "__name__", "") in _ACTIVATIONS
     return isinstance(operation, _LAYERS) or type(operation).__name__ in _OPERATIONS
 
 

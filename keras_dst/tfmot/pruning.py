@@ -77,6 +77,7 @@ def prune_low_magnitude(
         )
     method = PruneLowMagnitude(pruning_schedule, block_size, block_pooling_type, sparsity_m_by_n)
     targets = to_prune if isinstance(to_prune, list) else [to_prune]
+    targets = list({id(target): target for target in targets}.values())
     # Check all layers before the first change, so that an error leaves all layers unchanged.
     plans = [(target, _layers_to_prune(target, method, pruning_policy)) for target in targets]
     for target, layers_ in plans:
@@ -84,7 +85,8 @@ def prune_low_magnitude(
             target.__class__ = _pruned_on_build(type(target))  # type: ignore[arg-type]
             target.__dict__["method"] = method
         else:
-            sparsify_layers(target, layers_, method)
+            # A layer may be part of several targets.
+            sparsify_layers(target, [x for x in layers_ if not is_pruned(x)], method)
     return to_prune
 
 
