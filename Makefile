@@ -35,7 +35,7 @@ test-all: OPTIMIZED := fifty or target or strip
 test-all: export KERAS_DST_LONG = 1
 test-all: export KERAS_DST_KILLS = 10
 
-.PHONY: demo check test test-all parts lint browser arm64 docs pictures notebooks clean
+.PHONY: demo check test test-all lint browser arm64 docs pictures notebooks clean
 .PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick
 .PHONY: test-wheel test-versions test-gpu bench-gpu
 .PHONY: bench-mnist bench-methods bench-papers bench-recalibration bench-patterns bench-step bench-overhead bench-models bench-channels bench-channels-cpu bench-smaller

@@ -43,7 +43,10 @@ def save(benchmark: str, name: str, run: dict) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stored = runs(benchmark) | {name: {**environment(), **run}}
         lines = [json.dumps({"run": key, **stored[key]}) + "\n" for key in sorted(stored)]
-        (folder / "runs.jsonl").write_text("".join(lines))
+        # If the process is killed while it writes, the stored runs are not lost.
+        unfinished = folder / ".runs.jsonl"
+        unfinished.write_text("".join(lines))
+        unfinished.replace(folder / "runs.jsonl")
     print(f"stored {name} in results/{benchmark}/runs.jsonl")
 
 

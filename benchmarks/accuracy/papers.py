@@ -299,7 +299,7 @@ class Run:
     @property
     def length(self) -> int:
         """Number of epochs."""
-        return self.epochs or RECIPES[self.recipe].epochs
+        return RECIPES[self.recipe].epochs if self.epochs is None else self.epochs
 
     @property
     def name(self) -> str:
@@ -564,7 +564,7 @@ def main():
             name: run for name, run in results.runs(BENCHMARK).items() if not run.get("outdated")
         }
         stored |= {path.parent.name: None for path in args.backup.glob("*_batch-*/result.json")}
-        deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
+        deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # Several runs share one GPU.
         # Do not fork the process, because JAX does not work after a fork.
         context = multiprocessing.get_context("spawn")
