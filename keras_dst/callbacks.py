@@ -206,9 +206,11 @@ class SparseTraining(keras.callbacks.Callback):
         self._write(logs)
 
     def on_train_end(self, logs=None):
-        # If `fit` ran no epoch, BackupAndRestore has restored a training run that was already
-        # finished.
         if not self._begun:
+            if not any(driver.read_progress()[1] for driver in self._drivers):
+                self._fit.end()  # `fit(epochs=0)` before any training must not prune the weights.
+                return
+            # `fit` ran no epoch, because BackupAndRestore has restored a finished training run.
             self._begin(self.params.get("epochs", 1))
         if self.metric_at_target and not self._metric_seen:
             warnings.warn(

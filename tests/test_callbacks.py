@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_dst
+from keras_dst._training.drivers import drivers_of
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DST, Magnitude
 from keras_dst.schedules import Constant, Cubic
@@ -179,6 +180,47 @@ def test_training_resumed_from_a_backup_equals_an_uninterrupted_run(tmp_path):
     resumed = train()
     for a, b in zip(models.arrays(plain.variables), resumed):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("method", [Magnitude(0.9), DST(sparsity=0.9)], ids=["magnitude", "dst"])
+def test_fit_without_epochs_does_not_prune(method):
+    model = sparse(method)
+    before = models.arrays(model.variables)
+    model.fit(x, y, epochs=0, verbose=0, callbacks=[SparseTraining()])
+    for old, new in zip(before, models.arrays(model.variables)):
+        np.testing.assert_array_equal(new, old)
+    history = model.fit(x, y, epochs=2, verbose=0, callbacks=[SparseTraining(epochs=4)])
+    assert history.history["sparsity"][-1] < 0.89
+
+
+@every(1)
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="Keras rejects steps_per_execution on PyTorch"
+)
+@pytest.mark.parametrize("repeats", [False, True])
+def test_steps_are_counted_if_steps_per_execution_does_not_divide_the_epoch(repeats):
+    def batches():
+        while True:
+            yield x[:16], y[:16]
+
+    model = sparse(Magnitude(0.8))
+    models.compiled(model, model.optimizer, steps_per_execution=3)
+    data = {"x": batches(), "steps_per_epoch": 8} if repeats else {"x": x, "y": y, "batch_size": 16}
+    model.fit(**data, epochs=2, shuffle=False, verbose=0, callbacks=[SparseTraining()])
+    # If the data repeat, Keras trains three batches in each of the three executions.
+    assert int(model.optimizer.step) == int(model.optimizer.iterations) == (18 if repeats else 16)
+
+
+def test_an_unfrozen_layer_continues_the_schedule():
+    model = sparse(DST(sparsity=0.9))
+    frozen = next(layer for layer in model.layers if layer.weights)
+    frozen.trainable = False
+    models.compiled(model)
+    model.fit(x, y, epochs=1, verbose=0, callbacks=[SparseTraining(epochs=9)])
+    frozen.trainable = True
+    models.compiled(model)
+    (driver,) = drivers_of(model)
+    assert driver.read_progress() == (4, 36)
 
 
 class TestErrors:
