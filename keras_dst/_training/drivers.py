@@ -610,7 +610,9 @@ class LayerDriver(Driver):
         return _int(_keras.step_counter_of(optimizer))
 
     def read_progress(self):
-        step, counter, total = (int(n) for n in self.states[0]["progress"].numpy())
+        # A layer that was frozen in an earlier `fit` has stored an earlier step, or none.
+        stored = [tuple(map(int, state["progress"].numpy())) for state in self.states]
+        step, counter, total = max(stored, key=lambda progress: (progress[2], progress[0]))
         return step + max(0, self._iterations() - counter) if total else 0, total
 
     def write_progress(self, step, total):
