@@ -180,6 +180,9 @@ class SparseTraining(keras.callbacks.Callback):
             driver.begin(self._steps(self.epochs), self._steps(), self._epoch_length, done)
         self._measure()
 
+    def on_train_batch_begin(self, batch, logs=None):
+        self._fit.begin_step()
+
     def on_train_batch_end(self, batch, logs=None):
         self._batches = self._epoch_start + batch + 1
         due = [d for d in self._drivers if d.is_due(self._batches)]

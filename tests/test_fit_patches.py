@@ -9,6 +9,7 @@ import pytest
 import keras_dst
 from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from keras_dst.methods import DCIL, Magnitude
+from keras_dst.schedules import Cubic
 from tests import models
 from tests.backends import every, slow
 
@@ -110,6 +111,24 @@ def test_methods_are_restored_before_an_exception_is_handled(model, tmp_path):
     assert "loss_at_target" not in logs
     assert [file.name for file in tmp_path.iterdir()] == ["interrupted.keras"]
     assert not own_attributes(model)[0]
+
+
+def test_a_training_loop_after_an_interrupted_fit_updates_the_masks():
+    model = sparse(Magnitude(Cubic(0.8, begin_step=2, end_step=8), frequency=1))
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, Interrupt("on_train_batch_end", KeyboardInterrupt, 0))
+    for _ in range(8):
+        model.train_on_batch(x, y)
+    assert keras_dst.report(model).sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_a_training_loop_after_an_interrupted_fit_needs_the_callback():
+    model = sparse(DCIL(0.8))
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, Interrupt("on_train_batch_end", KeyboardInterrupt, 0))
+    assert not any(getattr(layer, "driver_active", False) for layer in model.layers)
+    with pytest.raises(ValueError, match="SparseTraining"):
+        model.train_on_batch(x, y)
 
 
 def test_an_error_in_the_training_step_restores_the_model():

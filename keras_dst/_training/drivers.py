@@ -404,6 +404,11 @@ class Driver:
         does not need the length of training."""
         return self.schedule is not None and self.schedule.in_steps
 
+    @property
+    def needs_callback(self) -> bool:
+        """True if only a callback can update the masks."""
+        return self.schedule is not None
+
     def is_due(self, batches: int) -> bool:
         if self.clock is None:
             return False
@@ -710,6 +715,10 @@ class OptimizerDriver(Driver):
         if length and not _int(self.optimizer.step):
             self.optimizer.set_training_length(length)
         super().begin(length, fit, epoch, done)
+
+    @property
+    def needs_callback(self):
+        return super().needs_callback and not self.in_steps
 
     def _position(self):
         return self.optimizer.step, self.optimizer.total

@@ -49,7 +49,7 @@ class _Patch(NamedTuple):
 class ActiveFit:
     """State of a running `fit`: patched attributes of the model, and the number of batches to skip.
 
-    `bool(active_fit)` is False after `fit` has ended.
+    `bool(active_fit)` is False after `fit` has ended or was interrupted.
 
     If `fit` trains the model, the patches are applied at the first training step. An exception
     before the first training step leaves the model unchanged. In a custom training loop, the
@@ -68,6 +68,7 @@ class ActiveFit:
         self.keeps_memory = False
         self._to_skip = 0
         self._ended = False
+        self._interrupted = False
         self._drivers: Sequence[Any] = ()
         self._patches: list[_Patch] = []
         self._applied: list[tuple[_Patch, Any, dict]] | None = None
@@ -77,6 +78,8 @@ class ActiveFit:
         self._is_fit = compiled and self.history is not None and not self.history.history
 
     def __bool__(self):
+        if self._ended or self._interrupted:
+            return False
         # Every `fit` creates a new History object, also after an interrupted `fit`.
         return not self._ended and getattr(self.model, "history", None) is self.history
 
@@ -110,6 +113,10 @@ class ActiveFit:
 
         vars(patched_step)[_ATTRIBUTE] = True
         self.model.train_function = patched_step
+
+    def begin_step(self) -> None:
+        """State that `fit` is running. On PyTorch, Keras deletes the token before every epoch."""
+        self._interrupted = False
 
     def begin_epoch(self) -> None:
         """Apply the patches, but only in a custom training loop. In `fit`, the first training step
@@ -148,6 +155,11 @@ class ActiveFit:
         self.restore()
         vars(self.history or self.model).pop(_ATTRIBUTE, None)
 
+    def _leave(self) -> None:
+        """Restore the original attributes after `fit` was interrupted."""
+        self.restore()
+        self._interrupted = self._is_fit and any(d.active for d in self._drivers)
+
     def _apply(self) -> None:
         if self._applied is not None:
             return
@@ -163,6 +175,11 @@ class ActiveFit:
     def _step(self, step, arguments):
         if self and self._to_skip > 0:
             return self._skip_step(step, arguments)
+        if self._interrupted and self._drivers and not any(d.needs_callback for d in self._drivers):
+            # `fit` was interrupted, and a training loop without callbacks calls this step. The
+            # compiled step does not update the masks, because the callback updated the masks.
+            self.model.make_train_function(force=True)
+            return self.model.train_function(*arguments)
         if idle := [d for d in self._drivers if d.schedule is not None and not d.active]:
             _keras.restore_jax_state(self.model, *arguments)
             callback = idle[0].method.driver
@@ -176,7 +193,7 @@ class ActiveFit:
             self._apply()
             result = step(*arguments)
         except BaseException:
-            self.restore()
+            self._leave()
             raise
         # On JAX, a training step returns a tuple of the logs and the state.
         if isinstance(result, tuple):
@@ -195,7 +212,7 @@ class ActiveFit:
         if token is None:
             token = _Token()
             self._token = weakref.ref(token)
-            weakref.finalize(token, self.restore).atexit = False
+            weakref.finalize(token, self._leave).atexit = False
         logs = _Logs(logs)
         logs.token = token
         return logs

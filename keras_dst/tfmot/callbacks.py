@@ -72,6 +72,7 @@ class UpdatePruningStep(keras.callbacks.Callback):
         self._skipped_batches = self._fit.skipped_batches
 
     def on_train_batch_begin(self, batch, logs=None):
+        self._fit.begin_step()
         if batch < self._skipped_batches:
             return
         # On JAX, the steps of `fit` do not update the variables of the model. When `self.model` is
