@@ -146,9 +146,7 @@ class SparseTraining(keras.callbacks.Callback):
         self._fit = fit = active_fit(self.model)
         fit.keeps_memory = self.keep_memory
         for name in ("save", "save_weights"):
-            fit.replace(
-                self.model, name, functools.partial(AtomicSave, prepare=self._reapply_masks)
-            )
+            fit.replace(self.model, name, functools.partial(AtomicSave, prepare=self._prepare_save))
         if self.metric_at_target and self.metric_at_target.startswith("val_"):
             # Add the `_at_target` metric to the logs of `evaluate`, so that callbacks which run
             # before this callback also see the metric.
@@ -176,6 +174,9 @@ class SparseTraining(keras.callbacks.Callback):
         self._first_epoch = epoch
         self._batches = 0
         done = self._fit.skipped_batches
+        self._length_known = self._epoch_length is not None
+        if not self._length_known:
+            self._epoch_length = self._stored_epoch_length(done)
         for driver in self._drivers:
             driver.begin(self._steps(self.epochs), self._steps(), self._epoch_length, done)
         self._measure()
@@ -184,7 +185,7 @@ class SparseTraining(keras.callbacks.Callback):
         self._fit.begin_step()
 
     def on_train_batch_end(self, batch, logs=None):
-        self._batches = self._epoch_start + batch + 1
+        self._batches = self._epoch_start + self._trained_in_epoch(batch)
         due = [d for d in self._drivers if d.is_due(self._batches)]
         if due:
             self._sync()
@@ -199,7 +200,8 @@ class SparseTraining(keras.callbacks.Callback):
             self._reapply_masks()
 
     def on_epoch_end(self, epoch, logs=None):
-        if self._epoch_length is None:
+        if not self._length_known:
+            self._length_known = True
             self._epoch_length = self._batches
             for driver in self._drivers:
                 length = self._steps(self.epochs)
@@ -257,11 +259,49 @@ class SparseTraining(keras.callbacks.Callback):
             epochs = self.params.get("epochs", 1) - self._first_epoch
         return epochs * self._epoch_length
 
+    def _trained_in_epoch(self, batch):
+        """Return the number of batches that the current epoch has trained up to `batch`.
+
+        If `steps_per_execution` does not divide the number of batches, Keras reports a last batch
+        after the end of the data. With `fit(steps_per_epoch=...)` and data that repeat, Keras
+        trains these additional batches.
+        """
+        steps = self.params.get("steps")
+        if not steps or batch < steps:
+            return batch + 1
+        self._sync()
+        for driver in self._drivers:
+            if driver.trained_steps() > self._epoch_start + steps:
+                return batch + 1
+        return steps
+
+    def _stored_epoch_length(self, done):
+        """Return the number of batches per epoch that an unfinished training run has counted.
+
+        Return None if the model does not continue a training run, or if the stored steps do not
+        belong to the epoch at which `fit` begins.
+
+        Args:
+            done: Number of batches of the current epoch that were trained before an interruption.
+        """
+        epochs, past = self.epochs or self.params.get("epochs", 1), self._first_epoch
+        for step, total in (driver.read_progress() for driver in self._drivers):
+            if past and total and (step - done) * epochs == total * past:
+                return total // epochs
+        return None
+
     def _reapply_masks(self):
         """Apply the masks to weights that another callback may have assigned."""
         self._sync()
         for driver in self._drivers:
             driver.reapply_masks()
+
+    def _prepare_save(self):
+        """Apply the masks and store the current step before the model is saved."""
+        self._reapply_masks()
+        if self._begun:
+            for driver in self._drivers:
+                driver.store_step(self._batches)
 
     def _recover(self):
         """Prune the weights again if another callback assigned weights with a lower sparsity."""

@@ -14,7 +14,8 @@ import pytest
 
 import keras_dst
 from keras_dst.callbacks import BackupAndRestore, SparseTraining
-from tests import stop_worker
+from keras_dst.methods import ST3
+from tests import models, stop_worker
 from tests.backends import every, heavy, once
 
 KILLS = int(os.environ.get("KERAS_DST_KILLS", "1"))
@@ -184,6 +185,57 @@ def test_an_interruption_while_batches_are_skipped(driven, tmp_path):
     stop_worker.fit(model, *callbacks)
     steps = stop_worker.EPOCHS * stop_worker.STEPS
     assert int(model.optimizer.iterations) == before + steps
+
+
+@heavy
+@once
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize(("name", "moment"), [("dst-target", (0, 6)), ("flipout", (2, 1))])
+def test_training_on_data_of_unknown_length_can_be_resumed(name, moment, tmp_path):
+    import torch
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(stop_worker.x, stop_worker.y))
+
+    def fit(model, *callbacks):
+        data = torch.utils.data.DataLoader(Rows(), batch_size=stop_worker.BATCH)
+        model.fit(data, epochs=4, shuffle=False, verbose=0, callbacks=callbacks)
+
+    def build():
+        return stop_worker.build(stop_worker.ALL_METHODS[name])
+
+    def callbacks():
+        return SparseTraining(epochs=8), BackupAndRestore(tmp_path, 3)
+
+    model = build()
+    fit(model, SparseTraining(epochs=8))
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(), *callbacks(), Crash(*moment))
+    resumed = build()
+    fit(resumed, *callbacks())
+    check_same(model, resumed)
+
+
+@heavy
+@once
+def test_training_with_skipped_steps_can_be_resumed(tmp_path):
+    """`LossScaleOptimizer` skips steps in which the scaled gradients overflow."""
+
+    def build():
+        model = stop_worker.build(ST3(0.8))
+        optimizer = keras.optimizers.SGD(1e-4)
+        scaled = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=3e38)
+        return models.compiled(model, scaled, loss_weights=[1000.0])
+
+    model = build()
+    stop_worker.fit(model, SparseTraining())
+    steps = stop_worker.EPOCHS * stop_worker.STEPS
+    assert int(model.optimizer.inner_optimizer.iterations) < steps - 4
+    crash(build(), (2, 4), SparseTraining(), BackupAndRestore(tmp_path))
+    resumed = build()
+    stop_worker.fit(resumed, SparseTraining(), BackupAndRestore(tmp_path))
+    check_same(model, resumed)
 
 
 @heavy

@@ -301,6 +301,19 @@ class Driver:
         """Store the current step and the length of the schedule in steps."""
         raise NotImplementedError
 
+    def trained_steps(self) -> int:
+        """Return the number of steps that the optimizer has counted since `fit` began, or 0 for a
+        method without a schedule."""
+        return 0 if self.schedule is None else self.read_progress()[0] - self.start
+
+    def store_step(self, batches: int) -> None:
+        """Store the step that `fit` has reached after `batches` batches.
+
+        The counters of the optimizer omit the steps that a `LossScaleOptimizer` has skipped.
+        """
+        if self.schedule is not None:
+            self.write_progress(max(self.last, self.start + batches), self.total or 0)
+
     def assign_states(self, changes: list[State]) -> None:
         """Assign the new values of the states, such as masks, that a mask update has computed."""
         raise NotImplementedError
@@ -370,7 +383,9 @@ class Driver:
         self.clock = None
         if self.schedule is None:
             return
-        self.last, total = self.read_progress()
+        step, total = self.read_progress()
+        # In the first epoch on data of unknown length, a LayerDriver has not stored its step.
+        self.last = max(step, done)
         self.start = self.last - done
         self.total = total or length
         self._plan(fit, epoch)
@@ -381,14 +396,19 @@ class Driver:
             self.advance(0)
 
     def set_length(self, length: int, fit: int, epoch: int, batches: int) -> None:
-        """Set the length of the schedule, which becomes known after the first epoch."""
-        if self.schedule is None or self.total is not None:
+        """Set the length of an epoch, which becomes known after the first epoch.
+
+        If the schedule begins in this `fit`, also set the length of the schedule.
+        """
+        if self.schedule is None:
             return
         # If `self.clock` is still None, no mask has been updated since `fit` started.
         late = self.clock is None
-        self.total = length
+        if late:
+            self.last = self.start
+        self.total = self.total or length
         self._plan(fit, epoch)
-        self.write_progress(self.start + batches, length)
+        self.write_progress(self.start + batches, self.total)
         if late and not self.method.learned:
             self.advance(batches)
 

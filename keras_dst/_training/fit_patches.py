@@ -81,7 +81,7 @@ class ActiveFit:
         if self._ended or self._interrupted:
             return False
         # Every `fit` creates a new History object, also after an interrupted `fit`.
-        return not self._ended and getattr(self.model, "history", None) is self.history
+        return getattr(self.model, "history", None) is self.history
 
     def replace(self, owner, name: str, make: Callable[[Any], Any]) -> None:
         """Replace an attribute of an object from the first training step until `fit` ends.
