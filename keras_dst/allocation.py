@@ -34,12 +34,9 @@ def check(allocation) -> None:
 
 
 def _check_shapes(shapes) -> None:
-    """Raise ValueError unless `shapes` is a sequence of nonempty sequences of whole numbers."""
+    """Raise ValueError unless `shapes` is a sequence of sequences of whole numbers."""
     try:
-        valid = all(
-            len(shapes[i]) and all(is_integer(n, minimum=1) for n in shapes[i])
-            for i in range(len(shapes))
-        )
+        valid = all(is_integer(n, minimum=1) for i in range(len(shapes)) for n in shapes[i])
     # The TypeError means that `shapes` or one of its entries is not a sequence.
     except (TypeError, KeyError):
         valid = False
@@ -96,7 +93,8 @@ def densities(
 
 def _erk(shapes, density):
     sizes = np.array([math.prod(s) for s in shapes], "float64")
-    raw = np.array([sum(s) for s in shapes], "float64") / sizes
+    # A scalar counts as a vector of one entry.
+    raw = np.array([sum(s) or 1 for s in shapes], "float64") / sizes
     full = np.zeros(len(sizes), bool)
     while True:
         # Weight tensors whose density would exceed 1 stay dense. `budget` is the total number of

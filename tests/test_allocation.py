@@ -216,7 +216,11 @@ def test_floor_counts_are_a_quarter_of_erk(shapes, sparsity, expected):
     assert floor_counts(shapes, sparsity).tolist() == expected
 
 
-@pytest.mark.parametrize("shapes", [[()], [(10, 10), ()], [(16, 8), (0, 8)]])
-def test_shapes_without_axes_or_entries_raise(shapes):
+def test_a_shape_without_entries_raises():
     with pytest.raises(ValueError, match="shapes must be a list of shapes"):
-        densities("erk", shapes, 0.5)
+        densities("erk", [(16, 8), (0, 8)], 0.5)
+
+
+@pytest.mark.parametrize(("density", "expected"), [(0.5, [0.495, 1.0]), (1.0, [1.0, 1.0])])
+def test_erk_of_a_scalar(density, expected):
+    np.testing.assert_allclose(densities("erk", [(10, 10), ()], density), expected)

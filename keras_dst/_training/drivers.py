@@ -635,9 +635,12 @@ class LayerDriver(Driver):
         return _int(_keras.step_counter_of(optimizer))
 
     def read_progress(self):
-        # A layer that was frozen in an earlier `fit` has stored an earlier step, or none.
-        stored = [tuple(map(int, state["progress"].numpy())) for state in self.states]
-        step, counter, total = max(stored, key=lambda progress: (progress[2], progress[0]))
+        # A layer that was frozen in an earlier `fit` has stored an earlier step, or none. The steps
+        # of all layers are stacked, so that the host waits for the device only once.
+        stored = ops.stack([ops.convert_to_tensor(state["progress"]) for state in self.states])
+        step, counter, total = max(
+            ops.convert_to_numpy(stored).tolist(), key=lambda progress: (progress[2], progress[0])
+        )
         return step + max(0, self._iterations() - counter) if total else 0, total
 
     def write_progress(self, step, total):
