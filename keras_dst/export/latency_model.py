@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from keras_dst._utils.open_sizes import OPEN_SIZE
 from keras_dst.export import sparse_inference
 from keras_dst.export.decode import constant_sources, encoding, shape, type_name, values
 from keras_dst.export.encode import WEIGHT_OPS, WEIGHT_SLOT
@@ -83,6 +84,8 @@ class LatencyModel:
     """Function that receives the contents of files, and estimates the seconds per inference of each
     file.
 
+    The estimate assumes that all dynamic axes of a tensor have size 32, except the batch axis.
+
     Attributes:
         cpu: Latency constants of the CPU.
         batch: Batch size for files with a dynamic batch size. Defaults to 1.
@@ -136,6 +139,10 @@ class LatencyModel:
         return set() if region.wrong else {id(node.op) for node in region.nodes if node.weights}
 
     def _size(self, tensor: schema.TensorT) -> float:
-        signature = tensor.shapeSignature
-        is_open = signature is not None and len(signature) and signature[0] == -1
-        return float(np.prod(shape(tensor))) * (self.batch if is_open else 1)
+        if tensor.shapeSignature is None:
+            return float(np.prod(shape(tensor)))
+        sizes = [
+            size if size != -1 else OPEN_SIZE if axis else self.batch
+            for axis, size in enumerate(tensor.shapeSignature)
+        ]
+        return float(np.prod(sizes))

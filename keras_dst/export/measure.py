@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from keras_dst._reporting.tables import as_table
+from keras_dst._utils.open_sizes import OPEN_SIZE
 from keras_dst._utils.validation import check_integer
 from keras_dst.export.decode import load
+from keras_dst.export.memory import resize_inputs
 
 # Minimum and maximum number of timing rounds in `latencies`, and time limit of all rounds in
 # seconds.
@@ -84,7 +86,7 @@ def bench(
 
     The files run in turns, so that a change in the speed of the machine affects all files equally.
     Files with a fixed batch size run with this batch size. Files with a dynamic batch size run with
-    batch size 1.
+    batch size 1. All other dynamic axes of inputs have size 32.
 
     Args:
         paths: Paths of the files. Latency ratios are relative to the first file.
@@ -137,25 +139,38 @@ def bench(
     return BenchReport(threads, runs, files)
 
 
-def latencies(files: Sequence[bytes], *, threads: int = 1, batch: int = 1) -> list[float]:
+def latencies(
+    files: Sequence[bytes],
+    *,
+    threads: int = 1,
+    batch: int = 1,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> list[float]:
     """Return the median seconds per inference of each file. The files take turns.
 
     Args:
         files: Contents of the files, each as bytes.
         threads: Number of threads of the interpreter. Defaults to 1.
         batch: Batch size for files with a dynamic batch size. Defaults to 1.
+        shapes: Shapes of inputs with dynamic axes, as a dict that maps names of inputs to shapes.
+            The shapes include the batch size. Defaults to None: dynamic axes other than the batch
+            axis have size 32.
 
     Example:
         >>> dense, sparse = latencies([dense_bytes, sparse_bytes])
     """
-    return loads_and_latencies(files, threads=threads, batch=batch)[1]
+    return loads_and_latencies(files, threads=threads, batch=batch, shapes=shapes)[1]
 
 
 def loads_and_latencies(
-    files: Sequence[bytes], *, threads: int = 1, batch: int = 1
+    files: Sequence[bytes],
+    *,
+    threads: int = 1,
+    batch: int = 1,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Return the seconds to load each file, and the median seconds per inference of each file."""
-    loads, interpreters = zip(*_load_all(files, threads, batch))
+    loads, interpreters = zip(*_load_all(files, threads, batch, shapes))
     times: list[list[float]] = []
     begin = time.perf_counter()
     for seconds in _rounds(interpreters):
@@ -186,25 +201,28 @@ def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
 
 
 def _load_all(
-    files: Sequence[bytes], threads: int, batch: int = 1, seed: int = 0
+    files: Sequence[bytes],
+    threads: int,
+    batch: int = 1,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
 ) -> list[tuple[float, Interpreter]]:
     """Return a pair for each file: the load time in seconds, and an interpreter that is ready to
     run."""
     # The first load is not timed, because it also initializes the runtime.
-    _load(files[0], threads, batch)
-    found = [_load(content, threads, batch) for content in files]
+    _load(files[0], threads, batch, shapes or {})
+    found = [_load(content, threads, batch, shapes or {}) for content in files]
     for _, interpreter in found:
         _feed(interpreter, seed)
     return found
 
 
-def _load(content: bytes, threads: int, batch: int) -> tuple[float, Interpreter]:
+def _load(
+    content: bytes, threads: int, batch: int, shapes: Mapping[str, Sequence[int]]
+) -> tuple[float, Interpreter]:
     begin = time.perf_counter()
     interpreter = Interpreter(model_content=content, num_threads=threads)
-    for detail in interpreter.get_input_details():
-        sizes = [batch if size == -1 else size for size in detail["shape_signature"]]
-        if list(detail["shape"]) != sizes:
-            interpreter.resize_tensor_input(detail["index"], sizes)
+    resize_inputs(interpreter, batch, shapes, OPEN_SIZE)
     interpreter.allocate_tensors()
     return time.perf_counter() - begin, interpreter
 

@@ -41,6 +41,7 @@ from keras_dst.export.samples import (
     Samples,
     Signature,
     fixed_batch,
+    open_shapes,
     random_samples,
     read_labeled,
     read_samples,
@@ -95,11 +96,16 @@ class Settings:
         """Whether the file is for a microcontroller."""
         return self.target == "micro"
 
-    def objective(self) -> Objective:
-        """Return the criterion by which storage formats are selected."""
+    def objective(self, shapes: dict[str, tuple[int, ...]]) -> Objective:
+        """Return the criterion by which storage formats are selected.
+
+        `shapes` contains the shapes of inputs with dynamic axes, see `latencies`.
+        """
         here = this_cpu()
         cpus = {"host": [here], "arm": ["arm"], "any": sorted({here, "arm"})}[self.target]
-        measured = functools.partial(latencies, threads=self.threads, batch=self.batch)
+        measured = functools.partial(
+            latencies, threads=self.threads, batch=self.batch, shapes=shapes
+        )
         timers = [
             measured if self.measure and cpu == here else LatencyModel(CPUS[cpu], self.batch)
             for cpu in cpus
@@ -114,6 +120,7 @@ class _Data:
     Attributes:
         signature: Descriptions of the inputs of the exported file.
         samples: Samples on which the file is compared with the model.
+        shapes: Result of `open_shapes`, for measurements.
         calibration: Samples on which the converter measures the ranges of activations. None without
             full quantization.
         evaluate: The function that the user passed as `evaluate`, a pair of samples and labels, or
@@ -122,6 +129,7 @@ class _Data:
 
     signature: Signature
     samples: Samples
+    shapes: dict[str, tuple[int, ...]]
     calibration: Samples | None
     evaluate: Any
 
@@ -140,7 +148,10 @@ def export(
     files = dict(zip(kinds, conversions(model, kinds, data.signature, data.calibration)))
     files["float32"] = encode.with_positive_zeros(files["float32"])
     base = files[second if full else "float32"]
-    plan = _dense_plan(base) if integer else select_formats(base, settings.objective(), progress)
+    if integer:
+        plan = _dense_plan(base)
+    else:
+        plan = select_formats(base, settings.objective(data.shapes), progress)
     progress("comparing with the model")
     cases = keras_cases(model, data.signature, data.samples)
     _check_outputs(cases, settings)
@@ -193,6 +204,7 @@ def export(
         files=compared,
         threads=settings.threads,
         batch=settings.batch,
+        shapes=data.shapes,
         vela=vela,
         micro=micro,
         rounded_to_zero=rounded,
@@ -289,7 +301,8 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
         evaluate = read_labeled(model, evaluate)
         if outputs is not None:
             _check_labels(evaluate[1], outputs[0].shape)
-    return _Data(signature, samples, calibration, evaluate)
+    shapes = open_shapes(signature, samples, settings.batch)
+    return _Data(signature, samples, shapes, calibration, evaluate)
 
 
 def _compare(
@@ -300,14 +313,16 @@ def _compare(
     `files` lists the dense float32 file first, and then the dense int8 file, if there is one. The
     exported file is last, except for `target="micro"`, where `files` lists only dense files.
     """
-    at = {"threads": settings.threads, "batch": settings.batch}
     nothing: Sequence[None] = [None] * len(files)
     loads: Sequence[float | None] = nothing
     times: Sequence[float | None] = nothing
     memory: Sequence[int | None] = nothing
     if settings.measure:
-        loads, times = loads_and_latencies(files, **at)
-        memory = [peak_memory(content, **at) for content in files]
+        threads, batch, shapes = settings.threads, settings.batch, data.shapes
+        loads, times = loads_and_latencies(files, threads=threads, batch=batch, shapes=shapes)
+        memory = [
+            peak_memory(content, threads=threads, batch=batch, shapes=shapes) for content in files
+        ]
     accuracy = [_accuracy(model, content, data) for content in files]
     last = "dense int8" if settings.micro else "this file"
     names = ["dense float32", *["dense int8"] * (len(files) - 2), last]

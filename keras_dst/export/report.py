@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ class ExportReport:
             and the exported file.
         threads: Number of interpreter threads in the measurements of the files.
         batch: Batch size in the measurements of the files.
+        shapes: Dict that maps the name of each input with dynamic axes other than the batch axis to
+            its shape in the measurements of the files.
         vela: Vela's estimates for an Ethos-U NPU, or None for other targets, or if Vela is not
             installed.
         micro: Comparison with the dense int8 file in TensorFlow Lite for Microcontrollers (TFLM),
@@ -106,6 +108,7 @@ class ExportReport:
     files: list[FileReport]
     threads: int
     batch: int
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     vela: VelaReport | None = None
     micro: MicroReport | None = None
     rounded_to_zero: int = 0
@@ -177,7 +180,11 @@ class ExportReport:
             table += "\nA question mark means that the value was not measured."
         if dense.latency is None:
             return table
-        return f"{table}\nLatency on this CPU at batch size {self.batch}, {self.threads} thread(s)."
+        inputs = (f", input {name!r} of shape {shape}" for name, shape in self.shapes.items())
+        return (
+            f"{table}\nLatency on this CPU at batch size {self.batch}, {self.threads} "
+            f"thread(s){''.join(inputs)}."
+        )
 
 
 def _scaled(value: float | None, unit: float) -> str:

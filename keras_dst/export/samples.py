@@ -285,6 +285,19 @@ def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
     return samples, targets
 
 
+def open_shapes(signature: Signature, samples: Samples, batch: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the inputs that have dynamic axes in addition to the batch axis.
+
+    The first size of each shape is the fixed batch size, or ``batch``. All other sizes are the
+    sizes of the samples.
+    """
+    return {
+        spec.name: (spec.shape[0] or batch, *array.shape[1:])
+        for spec, array in zip(signature.specs, samples.arrays, strict=True)
+        if array is not None and None in spec.shape[1:]
+    }
+
+
 def random_samples(model: keras.Model, signature: Signature) -> Samples:
     """Return seeded random samples: standard normal floats, or integers that are 0 or 1.
 

@@ -50,7 +50,8 @@ def export_tflite(
             first 32 samples are used in the comparison, or one batch if the model has a larger
             fixed batch size. Defaults to the samples in ``representative``. Without
             ``representative``, the samples are random with a fixed seed: standard normal floats, or
-            integers that are 0 or 1. A model with string inputs requires ``inputs``.
+            integers that are 0 or 1. Dynamic axes of random samples have size 32, or another size
+            that the model accepts. A model with string inputs requires ``inputs``.
         tolerance: Largest accepted error of each output of the file. The error of an output ``y``
             is ``max|y - y_keras| / max(max|y_keras|, 1e-6)``, where ``y_keras`` is the output of
             the model. The default depends on ``quantize``: 1e-4 for None, 0.1 for ``"weights"``,
@@ -77,6 +78,8 @@ def export_tflite(
             to True.
         threads: Number of interpreter threads during measurements. Defaults to 1.
         batch: Batch size during measurements, for a model with a dynamic batch size. Defaults to 1.
+            Other dynamic axes have the sizes of the samples on which the file is compared with the
+            model.
         quantize: Selects the tensors that are quantized to 8 bits. Defaults to None: no tensor is
             quantized. ``"weights"`` quantizes each weight tensor for which ``optimize`` selects an
             int8 format. ``"full"`` quantizes weights and activations. TensorFlow's converter

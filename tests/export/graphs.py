@@ -6,6 +6,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from keras_dst.export.encode import pack
+from keras_dst.export.flatbuffer import read, write
 
 AUTO = OpResolverType.AUTO
 BUILTIN = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
@@ -206,6 +207,16 @@ def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None
         y = graph.pad(x, pad, dtype)
     y = graph.convolve(op, y, weight, stride, same)
     return graph.finish({"x": x}, {"output_0": y}).content()
+
+
+def with_dynamic_images(content):
+    """Make the height and the width of all images of a file dynamic, as in converted files."""
+    model = read(content)
+    for tensor in model.subgraphs[0].tensors:
+        if tensor.shapeSignature is not None:
+            tensor.shapeSignature = np.array([-1, -1, -1, tensor.shape[3]], np.int32)
+            tensor.shape = np.array([1, 1, 1, tensor.shape[3]], np.int32)
+    return write(model)
 
 
 def sparse_values(shape, density, block=1, seed=0):

@@ -306,6 +306,19 @@ def test_export_of_a_model_with_infinite_outputs(tmp_path):
     assert export_tflite(model, tmp_path / "model.tflite").max_error < 1e-6
 
 
+@on_tensorflow
+@pytest.mark.parametrize("size", [None, 20])
+def test_dynamic_axes_have_the_sizes_of_the_samples_in_measurements(tmp_path, size):
+    x = keras.Input((None, 4), name="x")
+    y = layers.GlobalAveragePooling1D()(layers.Conv1D(8, 5)(x))
+    model = keras.Model(x, layers.Dense(3)(y))
+    inputs = size and np.ones((3, size, 4), np.float32)
+    report = keras_dst.export_tflite(model, tmp_path / "model.tflite", inputs=inputs)
+    assert report.shapes == {"x": (1, size or 32, 4)}
+    assert f"thread(s), input 'x' of shape (1, {size or 32}, 4)." in str(report)
+    assert report.files[-1].latency > 0
+
+
 def words():
     x = keras.Input((1,), dtype="string", name="word")
     one_hot = layers.StringLookup(vocabulary=["a", "b"], output_mode="one_hot")

@@ -6,12 +6,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from keras_dst.export import measure
+from keras_dst.export import encode, flatbuffer, measure
 from keras_dst.export.measure import bench, latencies
 from keras_dst.export.memory import peak_memory
 from tests.backends import once
 
-from .graphs import File, fully_connected, sparse_values
+from .graphs import File, convolution, fully_connected, sparse_values, with_dynamic_images
 
 pytestmark = once
 
@@ -66,7 +66,44 @@ def test_bench_resizes_an_unknown_batch_size(monkeypatch):
     assert len(latencies(contents, batch=5)) == 2
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def open_convolution():
+    weight = sparse_values((8, 3, 3, 4), 1.0)
+    return with_dynamic_images(convolution("CONV_2D", weight, same=False))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"), [(None, [5, 32, 32, 4]), ({"x": (5, 9, 7, 4), "y": (2,)}, [5, 9, 7, 4])]
+)
+def test_sizes_of_dynamic_axes(shapes, expected):
+    content = open_convolution()
+    ((_, interpreter),) = measure._load_all([content], threads=1, batch=5, shapes=shapes)
+    assert interpreter.get_input_details()[0]["shape"].tolist() == expected
+    model = flatbuffer.read(content)
+    (weight,) = encode.weights(model)
+    piece = flatbuffer.write(flatbuffer.extract_readers(model, weight.buffer))
+    assert latencies([piece], batch=5, shapes=shapes)[0] > 0
+
+
+def test_bench_of_a_file_with_dynamic_axes(tmp_path):
+    path = tmp_path / "model.tflite"
+    path.write_bytes(open_convolution())
+    assert bench([path], runs=1, warmup=0).files[0].latency > 0
+
+
+on_linux = pytest.mark.skipif(
+    not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc"
+)
+
+
+@on_linux
+def test_peak_memory_grows_with_the_shapes_of_inputs():
+    content = open_convolution()
+    small, large = (peak_memory(content, shapes={"x": (1, n, n, 4)}) for n in (8, 1024))
+    assert large - small > 1024 * 1024 * 4 * 4
+    assert peak_memory(content) > 0
+
+
+@on_linux
 def test_peak_memory_grows_with_the_file():
     small, large = (fully_connected(np.ones((n, 1024), np.float32)) for n in (8, 4096))
     assert peak_memory(large) - peak_memory(small) > 4096 * 1024 * 4
