@@ -637,7 +637,7 @@ class LayerDriver(Driver):
     def read_progress(self):
         # A layer that was frozen in an earlier `fit` has stored an earlier step, or none. The steps
         # of all layers are stacked, so that the host waits for the device only once.
-        stored = ops.stack([ops.convert_to_tensor(state["progress"]) for state in self.states])
+        stored = ops.concatenate([ops.reshape(s["progress"], (1, -1)) for s in self.states])
         step, counter, total = max(
             ops.convert_to_numpy(stored).tolist(), key=lambda progress: (progress[2], progress[0])
         )
