@@ -20,6 +20,7 @@ from keras_dst.export import sparse_inference
 from keras_dst.export.decode import constant_sources, encoding, shape, type_name, values
 from keras_dst.export.encode import WEIGHT_OPS, WEIGHT_SLOT
 from keras_dst.export.flatbuffer import indices, op_name, read, stored
+from keras_dst.export.memory import concrete_sizes
 
 _COPIES = frozenset({"PAD", "STRIDED_SLICE", "CONCATENATION"})
 _AT_LOAD = frozenset({"DENSIFY", "DEQUANTIZE"})
@@ -141,8 +142,4 @@ class LatencyModel:
     def _size(self, tensor: schema.TensorT) -> float:
         if tensor.shapeSignature is None:
             return float(np.prod(shape(tensor)))
-        sizes = [
-            size if size != -1 else OPEN_SIZE if axis else self.batch
-            for axis, size in enumerate(tensor.shapeSignature)
-        ]
-        return float(np.prod(sizes))
+        return float(np.prod(concrete_sizes(tensor.shapeSignature, self.batch, OPEN_SIZE)))

@@ -67,12 +67,20 @@ def resize_inputs(
         named = interpreter.get_signature_runner().get_input_details()
     given = {detail["index"]: shapes[name] for name, detail in named.items() if name in shapes}
     for detail in interpreter.get_input_details():
-        sizes = given.get(detail["index"]) or [
-            size if size != -1 else open_size if axis else batch
-            for axis, size in enumerate(detail["shape_signature"])
-        ]
+        signature = detail["shape_signature"]
+        sizes = given.get(detail["index"]) or concrete_sizes(signature, batch, open_size)
         if list(detail["shape"]) != list(sizes):
             interpreter.resize_tensor_input(detail["index"], sizes)
+
+
+def concrete_sizes(signature: Sequence[int], batch: int, open_size: int) -> list[int]:
+    """Return a size for each axis of a tensor whose dynamic axes have the size -1.
+
+    A dynamic first axis gets the size ``batch``, and the other dynamic axes the size ``open_size``.
+    """
+    return [
+        size if size != -1 else open_size if axis else batch for axis, size in enumerate(signature)
+    ]
 
 
 def _main(path: str, threads: str, batch: str, shapes: str, open_size: str) -> None:
