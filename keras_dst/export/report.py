@@ -83,8 +83,8 @@ class ExportReport:
             and the exported file.
         threads: Number of interpreter threads in the measurements of the files.
         batch: Batch size in the measurements of the files.
-        shapes: Dict that maps the name of each input with dynamic axes other than the batch axis to
-            its shape in the measurements of the files.
+        shapes: Shapes at which the files were measured, as a dict by input name. The dict contains
+            only inputs that have dynamic axes besides the batch axis.
         vela: Vela's estimates for an Ethos-U NPU, or None for other targets, or if Vela is not
             installed.
         micro: Comparison with the dense int8 file in TensorFlow Lite for Microcontrollers (TFLM),

@@ -96,9 +96,9 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the variables in this dict again, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # For channel gates, every channel is an output unit, and `Consensus` keeps at least one
-        # output unit open. For a branch gate, the layout has no output units, so `Consensus` may
-        # close the gate.
+        # If the gates close channels, each channel is an output unit, and `Consensus` keeps at
+        # least one gate open. If the gate closes a whole branch, the layout has no output units, so
+        # `Consensus` may close the only gate.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
     def build(self, x_shape, context_shape=None):

@@ -594,7 +594,7 @@ def shifts(
         below = ops.max(numbers.where(stays, _LOWEST, values))
         above = ops.min(numbers.where(stays, values, -_LOWEST))
         # The rise is halfway between the largest margin of a pruned channel and the smallest margin
-        # of a kept channel, so that rounding errors have no effect.
+        # of a kept channel. Rounding errors can therefore not change which channels are kept.
         between = ops.where(below > _LOWEST, (below + above) / 2, above - small)
         fits = ops.logical_and(below <= 0, above > 0)
         rises.append(numbers.where(fits, 0.0, between))
